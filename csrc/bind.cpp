@@ -25,6 +25,4 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info);
-}
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
