@@ -1,0 +1,34 @@
+"""Compiles kernels files with g++ and the stand-in for the CUDA runtime, once per change of a source."""
+
+import os
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE / "build"
+
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC"]
+
+
+def _newest_source() -> float:
+    sources = [p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp", ".py"}]
+    return max(path.stat().st_mtime for path in sources)
+
+
+def build(source: Path, *, sanitize: bool, shared: bool, define: tuple[str, ...] = ()) -> Path:
+    """Returns the program, or the shared library, made from one source file."""
+    name = "-".join([source.stem, *define, *(["sanitized"] if sanitize else [])])
+    target = BUILD / (name + ".so" if shared else name)
+    if target.exists() and target.stat().st_mtime > _newest_source():
+        return target
+    BUILD.mkdir(exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *(SANITIZERS * sanitize), *(["-shared"] * shared)]
+    command += [f"-D{name}" for name in define] + [f"-I{HERE / 'shim'}", f"-I{CSRC}", "-x", "c++", str(source)]
+    result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{result.stderr}")
+    unfinished.rename(target)
+    return target
