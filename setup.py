@@ -1,11 +1,13 @@
 """Builds fastnuggets._C against the torch that is installed; metadata and sdist need no torch.
 
-Environment: FORCE_CUDA=1, FORCE_CPU=1, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1.
+Environment: FORCE_CUDA=1, FORCE_CPU=1, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1; WERROR=1 makes every warning an error.
 """
 
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -16,17 +18,27 @@ os.chdir(Path(__file__).parent)  # the globs below are relative to it
 
 try:
     import torch
-except ImportError:
+except ModuleNotFoundError:
     torch = None
 
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+OLDEST_TORCH = (2, 10)
 # No -march=native: a wheel must run on any x86-64 or Arm machine. No -ffast-math: it changes what inf and NaN mean.
-CXX_FLAGS = ["-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-NVCC_FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v"]
+CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", "-fopenmp-simd"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+NVCC_FLAGS = ["-std=c++20", "-lineinfo", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
 
 
 def flag(name):
     return os.environ.get(name, "0") not in ("", "0")
+
+
+def locate_cuda():
+    """Sets CUDA_HOME from nvcc's own word: what torch makes of its path is wrong if that is a link or a script."""
+    nvcc = shutil.which("nvcc")
+    if nvcc and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        if top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE):
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 
 def with_cuda():
@@ -42,6 +54,12 @@ def with_cuda():
     return bool(torch.version.cuda and CUDA_HOME)
 
 
+def architectures():
+    visible = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    # The last resort is what every supported nvcc can build; its PTX runs on newer GPUs.
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in visible) or "8.0;9.0+PTX"
+
+
 def version():
     base = re.search(r'__version__ = "(.+)"', Path("fastnuggets/__init__.py").read_text())[1]
     if torch is None or "sdist" in sys.argv:
@@ -52,11 +70,9 @@ def version():
 
 
 def system_includes(extension):
-    """Moves torch's and CUDA's headers to -isystem, so that warnings are errors in our files only."""
-    foreign = [arg for path in extension.include_dirs for arg in ("-isystem", path)]
+    """Moves the headers of torch and CUDA to -isystem: we answer for our own warnings. Kernels see no torch at all."""
+    extension.extra_compile_args["cxx"] += [arg for path in extension.include_dirs for arg in ("-isystem", path)]
     extension.include_dirs = [str(Path("csrc").resolve())]
-    for flags in extension.extra_compile_args.values():
-        flags += foreign
     return extension
 
 
@@ -68,11 +84,12 @@ def extension():
     if not cuda:
         sources = [s for s in sources if not s.endswith("_cuda.cpp")]
     kernels = sorted(glob("csrc/**/*.cu", recursive=True)) if cuda else []
-    mode = ["-O0", "-g", "-UNDEBUG"] if flag("DEBUG") else ["-O3", "-g0"]
     macros = [("FN_WITH_CUDA", None)] if cuda else []
+    mode = ["-O0", "-g", "-UNDEBUG"] if flag("DEBUG") else ["-O3", "-g0", "-DNDEBUG"]
+    strict = flag("WERROR")
     compile_args = {
-        "cxx": [*CXX_FLAGS, *mode, *WARNINGS, "-fvisibility=hidden"],
-        "nvcc": [*NVCC_FLAGS, "-O0" if flag("DEBUG") else "-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"],
+        "cxx": CXX_FLAGS + mode + strict * ["-Werror"],
+        "nvcc": NVCC_FLAGS + mode[:1] + strict * ["-Werror", "all-warnings", "-Xcompiler", "-Werror"],
     }
     make = CUDAExtension if cuda else CppExtension
     return system_includes(
@@ -87,12 +104,17 @@ def build_command():
         """Leaves beside the module the facts that fastnuggets compares with the installed torch at import."""
 
         def run(self):
+            if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+                sys.exit(f"fastnuggets needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, found {torch.__version__}")
+            cuda = with_cuda()
+            if cuda:
+                os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
             super().run()
             record = {
                 "version": self.distribution.get_version(),
                 "torch": torch.__version__,
-                "cuda": torch.version.cuda if with_cuda() else None,
-                "archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "visible devices") if with_cuda() else None,
+                "cuda": torch.version.cuda if cuda else None,
+                "archs": architectures() if cuda else None,
                 "compiler": " ".join(map(str, self._check_abi())),
                 "debug": flag("DEBUG"),
             }
@@ -107,10 +129,12 @@ def torch_is_missing():
 
     class TorchIsMissing(build_ext):
         def run(self):
+            # From an sdist pip builds in a temporary folder, which is of no use in a command.
+            source = "fastnuggets" if Path("PKG-INFO").exists() else Path.cwd()
             sys.exit(
-                "fastnuggets is compiled against the torch that is installed, and this Python has none. Run:\n"
-                f"  {sys.executable} -m pip install 'torch>=2.10' setuptools wheel ninja pybind11\n"
-                f"  {sys.executable} -m pip install --no-build-isolation {Path.cwd()}"
+                "fastnuggets is compiled against the installed torch, and this build sees none. Run:\n"
+                f"  {sys.executable} -m pip install 'torch>=2.10' 'setuptools>=77' wheel ninja\n"
+                f"  {sys.executable} -m pip install --no-build-isolation {source}"
             )
 
     return TorchIsMissing
@@ -122,4 +146,5 @@ if torch is None:
     # An extension without sources still marks the wheel as compiled, so that building one reaches the message.
     setup(version=version(), ext_modules=[Extension("fastnuggets._C", [])], cmdclass={"build_ext": torch_is_missing()})
 else:
+    locate_cuda()
     setup(version=version(), ext_modules=[extension()], cmdclass={"build_ext": build_command()})
