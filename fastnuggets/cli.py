@@ -1,0 +1,471 @@
+"""The ``fastnuggets`` command."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import importlib
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastnuggets
+
+if TYPE_CHECKING:
+    from fastnuggets.molecules import Conformer, GridInfo, Grids, GridWriter
+
+OK, FAILED, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_DESCRIPTION = """\
+Fast kernels for PyTorch: molecules as grids and back.
+
+examples:
+  fastnuggets info
+  fastnuggets demo --out out
+  fastnuggets conformers molecules.smi --out molecules.parquet
+  fastnuggets voxelize molecules.smi --out grids.zarr
+  fastnuggets invert grids.zarr --out atoms.sdf
+"""
+_EXIT_CODES = """\
+exit codes:
+  0    done; records that cannot be read are counted and named, and are no failure
+  1    failed: the last line on stderr says why
+  2    the command line is wrong
+  3    done, but records were skipped and --strict was given
+  130  interrupted by Ctrl-C; what is finished is kept
+"""
+_VOXELIZE = """\
+Turn molecules into grids [channels, D, H, W], one for each molecule, centred on its heavy atoms.
+
+Molecules without 3-D coordinates get a conformer (ETKDGv3 and MMFF94, kept in the cache). The input is streamed. What
+is finished stays in OUT.partial until all is done: after an interruption the same command goes on from there.
+
+examples:
+  fastnuggets voxelize molecules.smi --out grids.zarr
+  fastnuggets voxelize ligands.sdf.gz --out grids.zarr --elements C,N,O,S,H --shape 64,48,48
+  fastnuggets voxelize table.csv --column SMILES --kernel gaussian --sigma 0.5 --out grids.npz
+"""
+_INVERT = """\
+Find the atoms in grids that `fastnuggets voxelize` wrote with --kernel wave or gaussian, in the frame of the original
+molecules.
+
+Bond orders are determined where the grids have a hydrogen channel; otherwise near atoms are joined by single bonds.
+
+example:
+  fastnuggets invert grids.zarr --out atoms.sdf
+"""
+_CONFORMERS = """\
+Write the coordinate table: Parquet with smiles, name, z (atomic numbers) and xyz (angstrom), about 350 bytes a
+molecule.
+
+example:
+  fastnuggets conformers molecules.smi --out molecules.parquet
+"""
+_RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "deepfrag")
+_KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
+_SIGMA = {"wave": 1.0, "gaussian": 0.5}
+_BATCH_BYTES = 1 << 28
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+class _UsageError(Exception):
+    """Arguments that do not fit together."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["demo"]:
+            return int(importlib.import_module("fastnuggets.demo").main(arguments[1:]) or OK)
+        args = _parser().parse_args(arguments)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except _UsageError as error:
+        return _say(f"error: {error}", USAGE)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+        return _say(f"error: {reason}" + (f": {error.filename}" if error.filename else ""), FAILED)
+    except (ImportError, MemoryError, RuntimeError, ValueError) as error:
+        return _say(f"error: {error or type(error).__name__}", FAILED)
+
+
+def _say(message: str, code: int = OK) -> int:
+    print(f"fastnuggets: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="fastnuggets", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=style
+    )
+    parser.add_argument("--version", action="version", version=f"fastnuggets {fastnuggets.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str = "") -> Any:
+        sub = commands.add_parser(
+            name, help=summary, description=text or summary, epilog=_EXIT_CODES, formatter_class=style
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    command("info", _info, "print versions, how this copy was built, and the devices")
+    commands.add_parser("demo", help="train on molecules and write a report (fastnuggets demo --help)", add_help=False)
+
+    table = command("conformers", _conformers, "molecules -> coordinate table (Parquet)", _CONFORMERS)
+    _add_input(table)
+    table.add_argument("--out", required=True, type=Path, metavar="FILE.parquet")
+
+    grids = command("voxelize", _voxelize, "molecules -> grids (zarr or npz)", _VOXELIZE)
+    _add_input(grids)
+    grids.add_argument("--out", required=True, type=Path, metavar="OUT", help="name.zarr, or name.npz for a few")
+    grids.add_argument("--kernel", choices=_KERNELS, default="wave", metavar="KERNEL", help=", ".join(_KERNELS))
+    grids.add_argument("--shape", type=_shape, default=(48, 48, 48), metavar="N|D,H,W", help="voxels (default 48)")
+    grids.add_argument("--spacing", type=_spacing, default=(0.5,) * 3, metavar="A|X,Y,Z", help="angstrom (default 0.5)")
+    grids.add_argument("--sigma", type=_positive, help="angstrom (default: wave 1.0, gaussian 0.5)")
+    grids.add_argument("--omega", type=float, help="waves per angstrom (default 0.5; wave only)")
+    grids.add_argument(
+        "--radius", type=_positive, help="angstrom, for the other kernels (default: Bondi's, by element)"
+    )
+    grids.add_argument("--elements", type=_elements, metavar="C,N,...", help="channels (default C,N,O,S,F,Cl,Br)")
+    grids.add_argument(
+        "--others", choices=("drop", "skip"), default="drop", help="atoms of other elements: drop them or the molecule"
+    )
+    grids.add_argument(
+        "--center", choices=("mean", "origin"), default="mean", help="what is mid-box: heavy atoms' mean, or 0,0,0"
+    )
+    grids.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float16")
+    grids.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    grids.add_argument("--restart", action="store_true", help="throw away OUT.partial instead of going on from it")
+    grids.add_argument("--overwrite", action="store_true", help="replace OUT at the end")
+
+    atoms = command("invert", _invert, "grids -> atoms (SDF)", _INVERT)
+    atoms.add_argument("input", type=Path, metavar="GRIDS", help="what voxelize wrote")
+    atoms.add_argument("--out", required=True, type=Path, metavar="FILE.sdf")
+    atoms.add_argument("--noise", type=float, help="noise of a voxel (default: estimated from the grid)")
+    atoms.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, metavar="IN", help=".sdf .smi .csv (also .gz) .pdb .parquet")
+    parser.add_argument("--column", help="column of the SMILES in a table (default: the one called smiles)")
+    parser.add_argument("--seed", type=int, default=0, help="of the conformers (default 0)")
+    parser.add_argument("--no-mmff", action="store_true", help="conformers without the force field: twice as fast")
+    parser.add_argument("--processes", type=int, metavar="N", help="for the conformers (default: all cores)")
+    parser.add_argument(
+        "--cache", type=Path, default=_cache_folder(), help="folder of conformers (default %(default)s)"
+    )
+    parser.add_argument("--no-cache", action="store_const", const=None, dest="cache", help="keep no conformers")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if a record was skipped")
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastnuggets" / "conformers"
+
+
+def _three(text: str, kind: Callable[[str], Any], what: str) -> tuple[Any, Any, Any]:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3) or not all(0 < value < 1e9 for value in values):
+        raise argparse.ArgumentTypeError(f"expected one or three {what} above zero, got {text!r}")
+    x, y, z = values * 3 if len(values) == 1 else values
+    return x, y, z
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    return _three(text, int, "whole numbers")
+
+
+def _spacing(text: str) -> tuple[float, float, float]:
+    return _three(text, float, "numbers")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
+    return value
+
+
+def _elements(text: str) -> tuple[str, ...]:
+    from fastnuggets.molecules import atomic_numbers
+
+    elements = tuple(part.strip() for part in text.split(","))
+    try:
+        atomic_numbers(elements)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return elements
+
+
+def _info(args: argparse.Namespace) -> int:
+    from importlib import metadata
+
+    lines = {"fastnuggets": fastnuggets.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "rdkit", "pyarrow", "zarr", "tqdm", "matplotlib"):
+        try:
+            lines[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            lines[package] = "not installed"
+    for key, value in fastnuggets.build_info().items():
+        lines[f"build {key}"] = str(value)
+    lines["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        lines[f"cuda:{index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+    if not torch.cuda.is_available():
+        lines["cuda"] = "no device"
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        print(f"{key:<{width}}  {value}")
+    return OK
+
+
+def _stream(args: argparse.Namespace, start: int = 0, **options: Any) -> Iterator[Conformer]:
+    from fastnuggets.molecules import conformers, read
+
+    records = read(args.input, column=args.column, start=start)
+    return conformers(
+        records, optimize=not args.no_mmff, seed=args.seed, processes=args.processes, cache=args.cache, **options
+    )
+
+
+def _conformers(args: argparse.Namespace) -> int:
+    from fastnuggets.molecules import Molecules, count_records, save_table
+    from fastnuggets.molecules.files import batched
+
+    skipped: list[Conformer] = []
+
+    def batches() -> Iterator[Molecules]:
+        for group in batched(_stream(args, progress=True, total=total), 1024):
+            skipped.extend(conformer for conformer in group if conformer.error)
+            yield Molecules.from_conformers(group)
+
+    total = count_records(args.input)
+    count = save_table(args.out, batches())
+    for conformer in skipped[:5]:
+        _say(f"skipped record {conformer.index} ({conformer.name}): {conformer.error}")
+    return _summary(args, f"{args.out}: {count} molecules", count, len(skipped))
+
+
+def _summary(args: argparse.Namespace, text: str, count: int, skipped: int, report: Path | None = None) -> int:
+    broken = f"{skipped} record{'s' if skipped > 1 else ''} skipped" if skipped else ""
+    if count == 0:
+        return _say(f"error: no molecule in {args.input}" + (f": {broken}" if broken else ""), FAILED)
+    print(text + (f", {broken}" if broken else "") + (f" (named in {report})" if report else ""))
+    return SKIPPED if skipped and args.strict else OK
+
+
+def _grid_info(args: argparse.Namespace) -> GridInfo:
+    from fastnuggets.molecules import ELEMENTS, GridInfo, bondi_radii
+
+    elements = args.elements or ELEMENTS
+    sigma, omega, radius = args.sigma, args.omega, None
+    for name, value, allowed in (
+        ("sigma", sigma, ("wave", "gaussian")),
+        ("omega", omega, ("wave",)),
+        ("radius", args.radius, _RADIUS_KERNELS),
+    ):
+        if value is not None and args.kernel not in allowed:
+            raise _UsageError(f"--{name} has no meaning for --kernel {args.kernel}")
+    if args.kernel in _RADIUS_KERNELS:
+        radius = (args.radius,) * len(elements) if args.radius else tuple(bondi_radii(elements).tolist())
+    return GridInfo(
+        density=args.kernel,
+        elements=elements,
+        shape=args.shape,
+        spacing=args.spacing,
+        sigma=_SIGMA.get(args.kernel) if sigma is None else sigma,
+        omega=(0.5 if omega is None else omega) if args.kernel == "wave" else None,
+        radius=radius,
+        dtype=args.dtype,
+        version=fastnuggets.__version__,
+    )
+
+
+def _batch_size(size: int) -> int:
+    """Molecules computed at once, when one of them takes ``size`` bytes. ValueError if not even one fits."""
+    from fastnuggets.molecules.files import available_memory, readable
+
+    free = available_memory()
+    if size > free:
+        raise ValueError(f"the grid of one molecule takes {readable(size)}, and {readable(free)} of memory are free")
+    return max(1, min(64, _BATCH_BYTES // size))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _voxelize(args: argparse.Namespace) -> int:
+    from fastnuggets.molecules import GridWriter, count_records
+
+    info = _grid_info(args)
+    size = _batch_size(info.bytes_per_molecule())
+    options = [_digest(args.input), args.column, args.seed, args.no_mmff, args.others, args.center]
+    writer = GridWriter(
+        args.out,
+        info,
+        capacity=count_records(args.input),
+        key=json.dumps(options),
+        restart=args.restart,
+        overwrite=args.overwrite,
+    )
+    if writer.consumed:
+        _say(f"going on from {writer.partial}: {writer.written} molecules are done")
+    try:
+        _fill(writer, args, size)
+        report = writer.finish()
+    except (KeyboardInterrupt, OSError, RuntimeError):
+        _say(f"{writer.written} finished molecules are kept in {writer.partial}; the same command goes on from there")
+        raise
+    for note, times in sorted(writer.notes.items()):
+        _say(f"{note}: {times}")
+    text = f"{args.out}: {writer.written} molecules as {info.dtype} grids {[len(info.elements), *info.shape]}"
+    return _summary(args, text, writer.written, writer.skipped, report)
+
+
+def _fill(writer: GridWriter, args: argparse.Namespace, size: int) -> None:
+    """Append the grids of all records that the writer does not have yet."""
+    from tqdm import tqdm
+
+    from fastnuggets.molecules.conformers import CHUNK
+    from fastnuggets.molecules.files import batched
+
+    # Chunks of the conformer cache are counted from the first record: begin where one begins.
+    start = writer.consumed // CHUNK * CHUNK
+    fresh = (conformer for conformer in _stream(args, start) if conformer.index > writer.consumed)
+    with tqdm(total=writer.capacity, initial=writer.consumed, unit="mol", desc="voxelize", disable=None) as bar:
+        for group in batched(fresh, size):
+            _append(writer, args, group)
+            for conformer in group:
+                if conformer.error and writer.skipped <= 5:
+                    bar.write(f"skipped record {conformer.index} ({conformer.name}): {conformer.error}", sys.stderr)
+            bar.update(len(group))
+
+
+def _append(writer: GridWriter, args: argparse.Namespace, group: list[Conformer]) -> None:
+    from fastnuggets.molecules import Molecules
+
+    elements, notes = writer.info.elements, Counter[str]()
+    if args.others == "skip":
+        group[:] = [_only(conformer, elements) for conformer in group]
+    every = Molecules.from_conformers(group)
+    for element, times in every.elements().items():
+        if element not in (*elements, "H"):  # that hydrogens have no channel is the usual case
+            notes[f"atoms of {element} left out"] = times
+    molecules = every.keep(elements)
+    center = every.center() if args.center == "mean" else torch.zeros(len(every), 3)
+    owner = torch.repeat_interleave(torch.arange(len(molecules)), molecules.ptr.diff())
+    half = torch.tensor(writer.info.shape) * torch.tensor(writer.info.spacing) / 2
+    outside = ((molecules.coords - center[owner]).abs() > half).any(1)
+    notes["molecules with an atom outside the box"] = len(set(owner[outside].tolist()))
+    writer.append(
+        _grids(writer.info, molecules.to(args.device), center.to(args.device)),
+        center.numpy(),
+        molecules.names,
+        molecules.smiles,
+        consumed=group[-1].index,
+        skipped=[(conformer.index, conformer.name, conformer.error) for conformer in group if conformer.error],
+        notes=+notes,
+    )
+
+
+def _only(conformer: Conformer, elements: Sequence[str]) -> Conformer:
+    """The conformer, failed if it has an atom of another element."""
+    from fastnuggets.molecules import atomic_numbers
+
+    if conformer.error or set(conformer.numbers.tolist()) <= {1, *atomic_numbers(elements)}:
+        return conformer
+    return conformer._replace(error="it has an atom of an element without a channel")
+
+
+def _grids(info: GridInfo, molecules: Any, center: torch.Tensor) -> Any:
+    from fastnuggets.ops import voxelize
+
+    grids = voxelize(
+        molecules.coords,
+        molecules.channels(info.elements),
+        molecules.ptr,
+        shape=info.shape,
+        spacing=info.spacing,
+        num_channels=len(info.elements),
+        density=info.density,
+        sigma=info.sigma,
+        omega=info.omega,
+        radius=None if info.radius is None else torch.tensor(info.radius, device=center.device),
+        center=center,
+        dtype=getattr(torch, info.dtype),
+    )
+    return grids.cpu().numpy()
+
+
+def _invert(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastnuggets.molecules import open_grids
+    from fastnuggets.molecules.files import atomic_write, need
+
+    need("rdkit.Chem")
+    grids = open_grids(args.input)
+    if grids.info.density not in ("wave", "gaussian"):
+        raise ValueError(f"{args.input}: a wave or gaussian grid can be inverted, this one is {grids.info.density}")
+    levels: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
+    with (
+        atomic_write(args.out) as file,
+        tqdm(total=len(grids), unit="mol", desc="invert", disable=None) as bar,
+    ):
+        for record, level, found in _atoms(grids, args):
+            file.write(record.encode())
+            levels[level] += 1
+            elements.update(found)
+            bar.update()
+    atoms = ", ".join(f"{element} {count}" for element, count in elements.most_common()) or "no atom"
+    kinds = ", ".join(f"{level} {count}" for level, count in levels.most_common())
+    print(f"{args.out}: {len(grids)} molecules ({kinds}); atoms {atoms}")
+    return OK
+
+
+def _atoms(grids: Grids, args: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
+    """SDF record, level of its bonds and element symbols of each grid."""
+    from fastnuggets.molecules import atomic_numbers
+    from fastnuggets.molecules.bonds import bonded, sdf_record
+    from fastnuggets.ops import find_atoms
+
+    info = grids.info
+    numbers = torch.tensor(atomic_numbers(info.elements))
+    size = _batch_size(4 * info.bytes_per_molecule())
+    for first in range(0, len(grids), size):
+        batch = torch.from_numpy(grids[first : first + size]).to(args.device, torch.float32)
+        found = find_atoms(batch, sigma=info.sigma, omega=info.omega or 0.0, spacing=info.spacing, noise=args.noise)
+        ptr, channels, positions = found.ptr.tolist(), found.channels.cpu(), found.positions.cpu().numpy()
+        for i in range(len(batch)):
+            own = slice(ptr[i], ptr[i + 1])
+            row = first + i
+            mol, level = bonded(numbers[channels[own]].tolist(), positions[own] + grids.centers[row])
+            properties = {"smiles": grids.smiles[row], "bonds": level}
+            yield sdf_record(mol, grids.names[row], properties), level, [info.elements[c] for c in channels[own]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

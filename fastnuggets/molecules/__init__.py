@@ -1,0 +1,30 @@
+"""Molecules in, coordinates out: files, conformers, the coordinate table, ragged batches and stored grids.
+
+Needs the extra ``fastnuggets[molecules]`` as soon as a file is touched; ``Molecules`` itself needs only torch.
+"""
+
+from fastnuggets.molecules.batch import BONDI_RADII, ELEMENTS, Molecules, atomic_numbers, bondi_radii
+from fastnuggets.molecules.conformers import Conformer, conformers
+from fastnuggets.molecules.grids import GridInfo, Grids, GridWriter, open_grids
+from fastnuggets.molecules.read import Record, count_records, read
+from fastnuggets.molecules.table import iter_table, load_table, save_table
+
+__all__ = [
+    "BONDI_RADII",
+    "ELEMENTS",
+    "Conformer",
+    "GridInfo",
+    "GridWriter",
+    "Grids",
+    "Molecules",
+    "Record",
+    "atomic_numbers",
+    "bondi_radii",
+    "conformers",
+    "count_records",
+    "iter_table",
+    "load_table",
+    "open_grids",
+    "read",
+    "save_table",
+]

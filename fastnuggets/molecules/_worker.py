@@ -1,0 +1,76 @@
+"""One conformer, and the loop of the process that makes them.
+
+Started as a script by path, so that a worker loads RDKit alone (0.2 s) and neither torch nor the caller's __main__.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import sys
+import time
+from typing import Any
+
+Task = tuple[str, int, bool, float]  # SMILES, seed, optimize, seconds allowed
+Result = tuple[bytes, bytes, str, bool]  # numbers [n] uint8, coords [n, 3] float32, reason of failure, final
+
+
+def embed(smiles: str, seed: int, optimize: bool, timeout: float) -> Result:
+    """ETKDGv3 conformer with all hydrogens, in the atom order of AddHs(MolFromSmiles(smiles)).
+
+    ``final`` is False for a failure that might not happen again.
+    """
+    import numpy as np
+    from rdkit import Chem, rdBase
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+
+    start = time.monotonic()
+    with rdBase.BlockLogs():
+        try:
+            mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+            if any(atom.GetAtomicNum() == 0 for atom in mol.GetAtoms()):
+                return b"", b"", "it has a dummy atom", True
+            parameters: Any = rdDistGeom.ETKDGv3()
+            parameters.randomSeed = seed
+            if hasattr(parameters, "timeout"):
+                parameters.timeout = math.ceil(timeout)
+            if rdDistGeom.EmbedMolecule(mol, parameters) < 0:
+                parameters.useRandomCoords = True
+                if rdDistGeom.EmbedMolecule(mol, parameters) < 0:
+                    if time.monotonic() - start >= timeout:
+                        return b"", b"", f"no conformer within {timeout:g} s", False
+                    return b"", b"", "RDKit finds no conformer", True
+            if optimize and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+                rdForceFieldHelpers.MMFFOptimizeMolecule(mol)
+            numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], np.uint8)
+            coords = mol.GetConformer().GetPositions().astype(np.float32)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            return b"", b"", reason[0][:200], not isinstance(error, MemoryError)
+    if not np.isfinite(coords).all():
+        return b"", b"", "RDKit's coordinates are not finite", True
+    return numbers.tobytes(), coords.tobytes(), "", True
+
+
+def serve() -> None:
+    """Answer pickled tasks from stdin on stdout until stdin ends; the first answer says that RDKit is loaded."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not get between the replies
+    import rdkit.Chem.rdDistGeom
+    import rdkit.Chem.rdForceFieldHelpers  # noqa: F401
+
+    reply: object = "ready"
+    while True:
+        pickle.dump(reply, replies)
+        replies.flush()
+        try:
+            task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        reply = embed(*task)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its modules must not stand in for others of the same name
+    serve()
