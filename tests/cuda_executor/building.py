@@ -13,7 +13,7 @@ FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown
 
 
 def _newest_source() -> float:
-    sources = [p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp", ".py"}]
+    sources = [p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cu"}]
     return max(path.stat().st_mtime for path in sources)
 
 
