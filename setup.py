@@ -103,6 +103,12 @@ def build_command():
     class BuildAndRecord(BuildExtension):
         """Leaves beside the module the facts that fastnuggets compares with the installed torch at import."""
 
+        def finalize_options(self):
+            super().finalize_options()
+            if self.editable_mode:
+                # pip gives a temporary folder, where every build would be the first.
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
         def run(self):
             if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
                 sys.exit(f"fastnuggets needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, found {torch.__version__}")
