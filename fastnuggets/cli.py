@@ -73,6 +73,7 @@ _RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "dee
 _KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
 _SIGMA = {"wave": 1.0, "gaussian": 0.5}
 _BATCH_BYTES = 1 << 28
+_TOLD = 5  # skipped records named on the terminal
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -258,9 +259,13 @@ def _conformers(args: argparse.Namespace) -> int:
 
     total = count_records(args.input)
     count = save_table(args.out, batches())
-    for conformer in skipped[:5]:
-        _say(f"skipped record {conformer.index} ({conformer.name}): {conformer.error}")
+    for conformer in skipped[:_TOLD]:
+        print(_skipped(conformer), file=sys.stderr)
     return _summary(args, f"{args.out}: {count} molecules", count, len(skipped))
+
+
+def _skipped(conformer: Conformer) -> str:
+    return f"skipped record {conformer.index} ({conformer.name}): {conformer.error}"
 
 
 def _summary(args: argparse.Namespace, text: str, count: int, skipped: int, report: Path | None = None) -> int:
@@ -348,27 +353,28 @@ def _fill(writer: GridWriter, args: argparse.Namespace, size: int) -> None:
     """Append the grids of all records that the writer does not have yet."""
     from tqdm import tqdm
 
-    from fastnuggets.molecules.conformers import CHUNK
+    from fastnuggets.molecules.embedding import CHUNK
     from fastnuggets.molecules.files import batched
 
     # Chunks of the conformer cache are counted from the first record: begin where one begins.
     start = writer.consumed // CHUNK * CHUNK
     fresh = (conformer for conformer in _stream(args, start) if conformer.index > writer.consumed)
     with tqdm(total=writer.capacity, initial=writer.consumed, unit="mol", desc="voxelize", disable=None) as bar:
+        told = 0
         for group in batched(fresh, size):
+            group = [_checked(conformer, args, writer.info.elements) for conformer in group]
             _append(writer, args, group)
-            for conformer in group:
-                if conformer.error and writer.skipped <= 5:
-                    bar.write(f"skipped record {conformer.index} ({conformer.name}): {conformer.error}", sys.stderr)
             bar.update(len(group))
+            for conformer in group:
+                if conformer.error and told < _TOLD:
+                    bar.write(_skipped(conformer), sys.stderr)
+                    told += 1
 
 
 def _append(writer: GridWriter, args: argparse.Namespace, group: list[Conformer]) -> None:
     from fastnuggets.molecules import Molecules
 
     elements, notes = writer.info.elements, Counter[str]()
-    if args.others == "skip":
-        group[:] = [_only(conformer, elements) for conformer in group]
     every = Molecules.from_conformers(group)
     for element, times in every.elements().items():
         if element not in (*elements, "H"):  # that hydrogens have no channel is the usual case
@@ -390,13 +396,14 @@ def _append(writer: GridWriter, args: argparse.Namespace, group: list[Conformer]
     )
 
 
-def _only(conformer: Conformer, elements: Sequence[str]) -> Conformer:
-    """The conformer, failed if it has an atom of another element."""
-    from fastnuggets.molecules import atomic_numbers
+def _checked(conformer: Conformer, args: argparse.Namespace, elements: Sequence[str]) -> Conformer:
+    """The conformer; with --others skip, failed if it has an atom without a channel that is no hydrogen."""
+    from fastnuggets.molecules.batch import symbol
 
-    if conformer.error or set(conformer.numbers.tolist()) <= {1, *atomic_numbers(elements)}:
-        return conformer
-    return conformer._replace(error="it has an atom of an element without a channel")
+    others = {symbol(number) for number in conformer.numbers.tolist()} - {"H", *elements}
+    if args.others == "skip" and others and not conformer.error:
+        return conformer._replace(error=f"no channel for {', '.join(sorted(others))}")
+    return conformer
 
 
 def _grids(info: GridInfo, molecules: Any, center: torch.Tensor) -> Any:

@@ -4,9 +4,9 @@ Needs the extra ``fastnuggets[molecules]`` as soon as a file is touched; ``Molec
 """
 
 from fastnuggets.molecules.batch import BONDI_RADII, ELEMENTS, Molecules, atomic_numbers, bondi_radii
-from fastnuggets.molecules.conformers import Conformer, conformers
+from fastnuggets.molecules.embedding import Conformer, conformers
 from fastnuggets.molecules.grids import GridInfo, Grids, GridWriter, open_grids
-from fastnuggets.molecules.read import Record, count_records, read
+from fastnuggets.molecules.readers import Record, count_records, read
 from fastnuggets.molecules.table import iter_table, load_table, save_table
 
 __all__ = [

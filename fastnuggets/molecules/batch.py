@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastnuggets.molecules.conformers import Conformer
+    from fastnuggets.molecules.embedding import Conformer
 
 _TABLE = """
 H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru
@@ -130,7 +130,8 @@ class Molecules:
             start, stop, step = index.indices(len(self))
             if step == 1:
                 return self._run(start, max(start, stop))
-        return self._gather(torch.arange(len(self), device=self.ptr.device)[index])
+            index = range(start, stop, step)
+        return self._gather(torch.arange(len(self))[index].to(self.ptr.device))
 
     def _run(self, start: int, stop: int) -> Molecules:
         first, last = int(self.ptr[start]), int(self.ptr[stop])

@@ -106,14 +106,23 @@ class GridWriter:
         for leftover in (self.partial / "store").rglob("*.partial"):  # zarr's own temporary files
             leftover.unlink()
         os.truncate(self.partial / "skipped.tsv", state["skipped_bytes"])
-        self._group = need("zarr").open_group(self.partial / "store", mode="r+")
+        self._group = _zarr().open_group(self.partial / "store", mode="r+")
         return True
 
     def _create(self, capacity: int) -> None:
-        zarr = need("zarr")
+        zarr = _zarr()
         if self.partial.exists():
-            shutil.rmtree(self.partial)  # it never came to its first progress.json
+            raise FileExistsError(
+                errno.EEXIST, "it is in the way and not known to be unfinished work", str(self.partial)
+            )
         self.partial.mkdir(parents=True)
+        try:
+            self._create_arrays(zarr, capacity)
+        except BaseException:
+            shutil.rmtree(self.partial)
+            raise
+
+    def _create_arrays(self, zarr: Any, capacity: int) -> None:
         grid = (len(self.info.elements), *self.info.shape)
         self._group = zarr.open_group(self.partial / "store", mode="w", zarr_format=3)
         options = {"compressors": zarr.codecs.ZstdCodec(level=3), "chunk_key_encoding": _FLAT}
@@ -200,6 +209,13 @@ class GridWriter:
         return report
 
 
+def _zarr() -> Any:
+    zarr = need("zarr")
+    if int(zarr.__version__.split(".")[0]) < 3:
+        raise ImportError(f"grids need zarr 3, which needs Python 3.11; zarr {zarr.__version__} is installed")
+    return zarr
+
+
 # One folder of chunks: the default of zarr makes four nested folders for each molecule.
 _FLAT = {"name": "default", "configuration": {"separator": "."}}
 
@@ -271,7 +287,7 @@ def _open_npz(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _open_zarr(path: Path) -> tuple[Any, dict[str, Any]]:
-    zarr = need("zarr")
+    zarr = _zarr()
     with contextlib.suppress(FileNotFoundError):
         group = zarr.open_group(path, mode="r")
         return group, dict(group.attrs)[_ATTRIBUTE]

@@ -22,7 +22,7 @@ import numpy as np
 
 from fastnuggets.molecules import _worker
 from fastnuggets.molecules.files import atomic_write, batched, need
-from fastnuggets.molecules.read import Record
+from fastnuggets.molecules.readers import Record
 
 CHUNK = 64  # molecules in one cache file: what an interruption can cost, about a second of two cores
 

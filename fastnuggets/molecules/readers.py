@@ -161,11 +161,10 @@ def _rdkit_messages(messages: list[str]) -> Iterator[None]:
 
 
 def _reason(messages: list[str]) -> str:
-    for message in messages:
-        message = re.sub(r"^\[[\d:]+\]\s*|ERROR:\s*|SMILES Parse Error:\s*", "", message).strip()
-        if message and set(message) - set("~^ "):
-            return message
-    return "RDKit cannot read it"
+    """The line of RDKit's log that says what is wrong: the one marked so, or else the first with a word in it."""
+    lines = [re.sub(r"^\[[\d:]+\]\s*|SMILES Parse Error:\s*", "", message).strip() for message in messages]
+    marked = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return next((line for line in marked + lines if re.search(r"\w", line)), "RDKit cannot read it")
 
 
 def _sdf(lines: Iterable[bytes], damage: list[str], columns: Any) -> Iterator[tuple[str, str]]:
