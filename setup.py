@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 
 OLDEST_TORCH = (2, 10)
 # No -march=native: a wheel must run on any x86-64 or Arm machine. No -ffast-math: it changes what inf and NaN mean.
-CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", "-fopenmp-simd"]
+CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", "-fopenmp"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++20", "-lineinfo", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
 

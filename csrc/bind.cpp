@@ -1,6 +1,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "common/cpu.h"
+#include "voxelize/voxelize_op.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -20,9 +23,16 @@ py::dict build_info() {
 #else
   info["debug"] = true;
 #endif
+  const char* const levels[] = {"generic", "avx2", "avx512"};
+  info["simd"] = levels[static_cast<int>(fastnuggets::simd())];
   return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  m.def("build_info", &build_info);
+  m.def("voxelize", &fastnuggets::voxelize, without_gil);
+  m.def("voxelize_", &fastnuggets::voxelize_, without_gil);
+}
