@@ -200,26 +200,26 @@ def voxelize(
 def atom_relevance(
     relevance: Tensor, coords: Tensor, channels: Tensor, ptr: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Shares the relevance of each voxel among the atoms in proportion to |weight * density| there.
+    """Shares the relevance of each voxel among the atoms of its channel in proportion to what each added to it.
 
-    For a density that is nowhere negative this is layer-wise relevance propagation through a sum. What lies on voxels
-    that no atom reaches is lost; all else is conserved.
+    This is layer-wise relevance propagation through a sum. What lies on voxels that hold 0 is lost; all else is
+    conserved.
 
     Args:
         relevance: [B, C, D, H, W], or [B, K, C, D, H, W] with K poses.
         options: the keyword arguments of `voxelize` but `combine`, `cutoff` and `dtype`.
 
     Returns:
-        [N], or [N, K] with K poses.
+        [N], summed over channels and poses.
     """
     poses = _pose_count(*(options.get(name) for name in ("center", "rotation", "translation")))
     posed = relevance if poses else relevance[:, None]
-    shares = coords.new_zeros(len(coords), posed.shape[1])
+    shares = coords.new_zeros(len(coords))
     for b, k, c, rows, values in _cells(coords, channels, ptr, **options):
-        total = values.abs().sum(0)
-        share = torch.where(total > 0, values.abs() / torch.where(total > 0, total, 1.0), 0.0)
-        shares = shares.index_put((rows, torch.tensor(k)), (share * posed[b, k, c]).sum((1, 2, 3)), accumulate=True)
-    return shares if poses else shares.squeeze(1)
+        total = values.sum(0)
+        share = torch.where(total == 0, 0.0, values / torch.where(total == 0, 1.0, total))
+        shares = shares.index_add(0, rows, (share * posed[b, k, c]).sum((1, 2, 3)))
+    return shares
 
 
 def _cells(

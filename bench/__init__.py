@@ -1,0 +1,1 @@
+"""Our kernels and their peers side by side: `python -m bench`."""

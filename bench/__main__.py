@@ -1,0 +1,93 @@
+"""`python -m bench`: times our kernels and their peers in turns, checks every result, prints and writes a table."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import report
+from bench.cases import Contender, Group, Missing, groups
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="8 molecules, 5 repeats: a check that all runs, no figures"
+    )
+    parser.add_argument("--only", metavar="NAME", help="groups whose name contains NAME")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each contender, default 25")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads to measure with")
+    parser.add_argument("--out", default="bench/results", help="folder of the .md and .json")
+    parser.add_argument("--readme", nargs="+", default=[], metavar="FILE", help="put the tables between FILE's markers")
+    options = parser.parse_args()
+    threads = options.threads if options.device == "cpu" else [torch.get_num_threads()]
+    repeats = options.repeats or (5 if options.quick else 25)
+
+    result = report.start(options.device, threads, repeats, options.quick)
+    for group in groups(options.device, options.quick):
+        if options.only is None or options.only in group.name:
+            print(f"{group.title} ...", file=sys.stderr, flush=True)
+            result["groups"].append(measure(group, options.device, threads, repeats))
+    text = report.markdown(result)
+    print(text)
+    for path in report.write(result, text, options.out):
+        print(f"written: {path}", file=sys.stderr)
+    for path in options.readme:
+        report.fill(path, result)
+    return 0
+
+
+def measure(group: Group, device: str, threads: list[int], repeats: int) -> dict[str, Any]:
+    """Errors first, then the times of all contenders, one call of each in turn."""
+    rows: list[dict[str, Any]] = []
+    contenders: list[tuple[Contender, dict[str, Any]]] = []
+    for contender in group.make():
+        if isinstance(contender, Missing):
+            rows.append({"name": contender.name, "note": f"not measured: {contender.why}"})
+            continue
+        torch.set_num_threads(max(threads))
+        row = {"name": contender.name, "against": contender.against, "note": contender.note, "ms": {}}
+        output, row["extra_mb"] = report.extra_memory(contender.run, device)
+        if contender.error is not None:
+            row["error"], row["tolerance"] = contender.error(output), contender.tolerance
+        del output
+        rows.append(row)
+        contenders.append((contender, row))
+    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    for count in threads:
+        torch.set_num_threads(count)
+        times: list[list[float]] = [[] for _ in contenders]
+        for turn in range(repeats + 2):
+            for (contender, _), measured in zip(contenders, times, strict=True):
+                ms = clock(contender.run) / contender.scale
+                if turn >= 2:
+                    measured.append(ms)
+        for (_, row), measured in zip(contenders, times, strict=True):
+            row["ms"][str(count)] = statistics.median(measured)
+    return {"name": group.name, "title": group.title, "rows": rows, "gates": report.gates(group.gates, rows, threads)}
+
+
+def _cpu_ms(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cuda_ms(run: Callable[[], Any]) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

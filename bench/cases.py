@@ -1,0 +1,370 @@
+"""What is measured: settings, our own contenders, the groups that are timed together, and the gates they must pass."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import workload
+from bench.workload import Batch
+from fastnuggets import reference
+
+# Largest error a result may have and still be timed, relative to the largest value of the float64 reference.
+FORWARD_TOLERANCE = 1e-6
+WAVE_TOLERANCE = 2e-6
+GRADIENT_TOLERANCE = 2e-6
+
+GAUSSIAN = {"density": "gaussian", "cutoff": 1e-6}
+WAVE = {"density": "wave", "cutoff": 1e-6, "omega": 0.5}
+MOLGRID = {"density": "molgrid"}
+
+
+@dataclass
+class Contender:
+    """One row of a table.
+
+    Args:
+        name: what is timed.
+        run: does it once and returns what it made.
+        error: error of what `run` returned against float64, relative to the largest value; None: nothing to check.
+        tolerance: of that error.
+        against: the row of ours that does the same work.
+        scale: `run` does this part of the work; times are divided by it.
+        note: printed at the end of the row.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[Any], float] | None = None
+    tolerance: float = FORWARD_TOLERANCE
+    against: str | None = None
+    scale: float = 1.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """time(top) / time(bottom) must be at least, or at most, a number for 1 and 2 threads (None: no demand)."""
+
+    name: str
+    top: str
+    bottom: str
+    must: tuple[float | None, float | None]
+    at_most: bool = False
+
+
+@dataclass
+class Group:
+    """Contenders timed in turns in one process."""
+
+    name: str
+    title: str
+    make: Callable[[], Iterator[Contender | Missing]]
+    gates: list[Gate] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A peer that cannot be measured here, and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(eq=False)
+class Setting:
+    """A batch and the grid it is put on."""
+
+    batch: Batch
+    size: int
+    spacing: float
+    channels: int = len(workload.CHANNELS)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.batch), self.channels, self.size, self.size, self.size)
+
+    def empty(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An output whose pages have been touched."""
+        return torch.zeros(self.shape, dtype=dtype, device=self.batch.coords.device)
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def cotangent(self) -> Tensor:
+        """The gradient that arrives at the grid, standard normal."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.shape, generator=generator).to(self.batch.coords.device)
+
+    def options(
+        self, molecule: int | None = None, dtype: torch.dtype = torch.float32, **density: Any
+    ) -> dict[str, Any]:
+        """Keyword arguments of `voxelize` for the batch or for one molecule of it."""
+        radius = self.batch.radius.to(dtype)[:, None]
+        if molecule is not None:
+            radius = radius[self.batch.slices[molecule]]
+        return {
+            "shape": self.size,
+            "spacing": self.spacing,
+            "num_channels": self.channels,
+            "radius": radius,
+            **density,
+        }
+
+    def forward_error(self, **density: Any) -> Callable[[Tensor], float]:
+        """Largest difference to the float64 reference over its largest value."""
+
+        def error(grid: Tensor) -> float:
+            worst = peak = 0.0
+            for i, expected in enumerate(self._molecules(**density)):
+                worst = max(worst, (grid[i] - expected).abs().max().item())
+                peak = max(peak, expected.abs().max().item())
+                if i + 1 == len(grid):
+                    break
+            return worst / peak
+
+        return error
+
+    def gradient_error(self, **density: Any) -> Callable[[Tensor], float]:
+        """The same for the gradient in the coordinates with `cotangent` coming in."""
+
+        def error(gradient: Tensor) -> float:
+            expected = torch.cat(list(self._gradients(**density)))
+            return ((gradient - expected).abs().max() / expected.abs().max()).item()
+
+        return error
+
+    def _molecules(self, **density: Any) -> Iterator[Tensor]:
+        for i, s in enumerate(self.batch.slices):
+            options = self.options(i, torch.float64, **density)
+            yield reference.voxelize(self.batch.coords[s].double(), self.batch.channels[s], **options)[0]
+
+    def _gradients(self, **density: Any) -> Iterator[Tensor]:
+        for i, s in enumerate(self.batch.slices):
+            options = self.options(i, torch.float64, **density)
+            coords = self.batch.coords[s].double().requires_grad_()
+            grid = reference.voxelize(coords, self.batch.channels[s], **options)
+            yield torch.autograd.grad(grid, coords, self.cotangent()[i : i + 1].double())[0]
+
+
+# ---- ours
+
+
+def voxelize(setting: Setting, coords: Tensor | None = None, **options: Any) -> Tensor:
+    from fastnuggets import ops
+
+    batch = setting.batch
+    coords = batch.coords if coords is None else coords
+    return ops.voxelize(coords, batch.channels, batch.ptr, **setting.options(**options))
+
+
+def forward(
+    name: str, setting: Setting, out: Tensor, tolerance: float = FORWARD_TOLERANCE, **density: Any
+) -> Contender:
+    options = setting.options(**density)
+    from fastnuggets import ops
+
+    batch = setting.batch
+
+    def run() -> Tensor:
+        return ops.voxelize(batch.coords, batch.channels, batch.ptr, out=out, **options)
+
+    return Contender(name, run, setting.forward_error(**density), tolerance)
+
+
+def empty_batch(setting: Setting, out: Tensor) -> Contender:
+    """What writing the output once costs us, no atom in it."""
+    from fastnuggets import ops
+
+    batch, options = setting.batch, setting.options(**MOLGRID)
+    options["radius"] = 1.0
+    ptr = torch.zeros_like(batch.ptr)
+
+    def run() -> Tensor:
+        return ops.voxelize(batch.coords[:0], batch.channels[:0], ptr, out=out, **options)
+
+    return Contender("ours, no atoms (streaming floor)", run, lambda grid: grid.abs().max().item(), 0.0)
+
+
+def backward(name: str, setting: Setting, **density: Any) -> Contender:
+    """The gradient in the coordinates alone, through autograd, of a forward done once."""
+    coords = setting.batch.coords.clone().requires_grad_()
+    grid = voxelize(setting, coords, **density)
+    cotangent = setting.cotangent()
+
+    def run() -> Tensor:
+        return torch.autograd.grad(grid, coords, cotangent, retain_graph=True)[0]
+
+    return Contender(name, run, setting.gradient_error(**density), GRADIENT_TOLERANCE)
+
+
+def forward_backward(name: str, setting: Setting, **density: Any) -> Contender:
+    """Forward and backward through the public op, the grid fresh each time."""
+    coords = setting.batch.coords.clone().requires_grad_()
+    cotangent = setting.cotangent()
+
+    def run() -> Tensor:
+        return torch.autograd.grad(voxelize(setting, coords, **density), coords, cotangent)[0]
+
+    return Contender(name, run, setting.gradient_error(**density), GRADIENT_TOLERANCE)
+
+
+def memset(out: Tensor) -> Contender:
+    """libc's memset on the CPU, a part of the buffer for each thread; a fill on the GPU."""
+    if out.is_cuda:
+        return Contender("memset", out.zero_)
+
+    size = out.numel() * out.element_size()
+    pool = ThreadPoolExecutor(8)
+
+    def run() -> Tensor:
+        threads = torch.get_num_threads()
+        part = math.ceil(size / threads)
+        starts = range(0, size, part)
+        list(pool.map(lambda start: ctypes.memset(out.data_ptr() + start, 0, min(part, size - start)), starts))
+        return out
+
+    return Contender("memset", run)
+
+
+# ---- groups
+
+
+def groups(device: str, quick: bool) -> list[Group]:
+    """All groups, in the order of the report; `quick` takes 8 molecules."""
+    from bench import peers
+
+    heavy = workload.load()
+    every = workload.load(hydrogens=True)
+    if quick:
+        heavy, every = heavy.first(8), every.first(8)
+    heavy, every = heavy.to(device), every.to(device)
+    fine = Setting(heavy, 48, 0.5)
+    fine_hydrogens = Setting(every, 48, 0.5)
+    coarse = Setting(heavy, 24, 1.0)
+    cpu = device == "cpu"
+
+    def forward_fine() -> Iterator[Contender | Missing]:
+        out = fine.empty()
+        yield memset(out)
+        yield empty_batch(fine, out)
+        yield forward("ours molgrid", fine, out, **MOLGRID)
+        yield forward("ours gaussian", fine, out, **GAUSSIAN)
+        yield forward("ours wave", fine, out, WAVE_TOLERANCE, **WAVE)
+        yield forward("ours nearest", fine, out, density="nearest")
+        yield forward("ours sphere", fine, out, density="sphere")
+        yield forward("ours molvoxel", fine, out, density="molvoxel")
+        yield forward("ours moleculekit", fine, out, density="moleculekit")
+        yield forward("ours molgrid, +H", fine_hydrogens, out, **MOLGRID)
+        yield forward("ours gaussian, +H", fine_hydrogens, out, **GAUSSIAN)
+        if cpu:
+            yield peers.libmolgrid_forward(fine, out, "ours molgrid")
+            yield peers.libmolgrid_forward(fine_hydrogens, out, "ours molgrid, +H", " +H")
+            yield peers.molvoxel(fine, out, "ours molvoxel")
+            yield peers.moleculekit(fine, "ours moleculekit")
+            yield peers.particlegrid()
+        yield peers.torch_separable(fine, out, "ours gaussian")
+        yield peers.torch_windows(fine, out, "ours molgrid")
+        yield peers.torch_naive(fine, "ours gaussian")
+
+    def forward_coarse() -> Iterator[Contender | Missing]:
+        out = coarse.empty()
+        yield memset(out)
+        yield empty_batch(coarse, out)
+        yield forward("ours molgrid", coarse, out, **MOLGRID)
+        yield forward("ours gaussian", coarse, out, **GAUSSIAN)
+        yield forward("ours wave", coarse, out, WAVE_TOLERANCE, **WAVE)
+        yield forward("ours molvoxel", coarse, out, density="molvoxel")
+        if cpu:
+            yield peers.libmolgrid_forward(coarse, out, "ours molgrid")
+            yield peers.molvoxel(coarse, out, "ours molvoxel")
+        yield peers.torch_separable(coarse, out, "ours gaussian")
+
+    def gradient() -> Iterator[Contender | Missing]:
+        yield backward("ours molgrid backward", fine, **MOLGRID)
+        yield backward("ours gaussian backward", fine, **GAUSSIAN)
+        yield backward("ours wave backward", fine, **WAVE)
+        yield forward_backward("ours molgrid forward + backward", fine, **MOLGRID)
+        yield forward_backward("ours gaussian forward + backward", fine, **GAUSSIAN)
+        if cpu:
+            yield peers.libmolgrid_backward(fine, "ours molgrid backward")
+            yield peers.libmolgrid_layer(fine, "ours molgrid forward + backward")
+        yield peers.torch_separable_gradient(fine, "ours gaussian forward + backward")
+
+    def refinement() -> Iterator[Contender | Missing]:
+        yield from peers.voxmol(every.first(8), cpu)
+
+    def storage() -> Iterator[Contender | Missing]:
+        out = fine.empty()
+        yield forward("ours gaussian, float32 output", fine, out, **GAUSSIAN)
+        for dtype in (torch.float16, torch.bfloat16):
+            yield rounded(fine, dtype)
+        yield Contender(
+            "ours gaussian, float32, fresh output",
+            lambda: voxelize(fine, **GAUSSIAN),
+            fine.forward_error(**GAUSSIAN),
+            against="ours gaussian, float32 output",
+        )
+        yield Contender("torch.zeros of that size", fine.empty)
+
+    return [
+        Group(
+            "forward",
+            "Forward, 64 molecules, 8 channels, 48^3 at 0.5 A",
+            forward_fine,
+            [
+                Gate("molgrid forward, against libmolgrid", "libmolgrid", "ours molgrid", (5, 8)),
+                Gate("exact Gaussian, against separable GEMM", "torch separable GEMM", "ours gaussian", (3, 6)),
+                Gate("wave, in Gaussians", "ours wave", "ours gaussian", (3, 3), at_most=True),
+                Gate("molgrid forward, in memsets", "ours molgrid", "memset", (None, 0.6), at_most=True),
+                Gate("with hydrogens, in heavy-atom forwards", "ours molgrid, +H", "ours molgrid", (1.4, 1.4), True),
+            ],
+        ),
+        Group(
+            "coarse",
+            "Forward, 64 molecules, 8 channels, 24^3 at 1 A",
+            forward_coarse,
+            [Gate("24^3 molgrid forward, against libmolgrid", "libmolgrid", "ours molgrid", (4, 7))],
+        ),
+        Group(
+            "gradient",
+            "Gradient in the coordinates, 48^3 at 0.5 A",
+            gradient,
+            [
+                Gate(
+                    "backward, against libmolgrid's raw one", "libmolgrid backward", "ours molgrid backward", (10, 25)
+                ),
+                Gate(
+                    "forward + backward, against Coords2Grid",
+                    "libmolgrid Coords2Grid forward + backward",
+                    "ours molgrid forward + backward",
+                    (20, 30),
+                ),
+            ],
+        ),
+        Group(
+            "refinement",
+            "VoxMol's use of PyUUL: 5 channels, 64^3 at 0.25 A, radius 0.5 A, union",
+            refinement,
+            [
+                Gate("8 molecules forward, against PyUUL", "PyUUL, 8 molecules", "ours pyuul, 8 molecules", (300, 300)),
+                Gate("one refinement step, against PyUUL", "PyUUL, step", "ours pyuul, step", (200, 200)),
+            ],
+        ),
+        Group("storage", "Output type and allocation, 48^3 at 0.5 A", storage),
+    ]
+
+
+def rounded(setting: Setting, dtype: torch.dtype) -> Contender:
+    """A half-precision output, which must be the rounded float32 result to the bit."""
+    out = setting.empty(dtype)
+    contender = forward(f"ours gaussian, {str(dtype).removeprefix('torch.')} output", setting, out, 0.0, **GAUSSIAN)
+    contender.error = lambda grid: (grid != voxelize(setting, **GAUSSIAN).to(dtype)).sum().item()
+    contender.against = "ours gaussian, float32 output"
+    return contender
