@@ -340,8 +340,13 @@ def _voxelize(args: argparse.Namespace) -> int:
     try:
         _fill(writer, args, size)
         report = writer.finish()
-    except (KeyboardInterrupt, OSError, RuntimeError):
-        _say(f"{writer.written} finished molecules are kept in {writer.partial}; the same command goes on from there")
+    except BaseException:
+        if writer.written:
+            _say(
+                f"{writer.written} finished molecules are kept in {writer.partial}; the same command goes on from there"
+            )
+        else:
+            writer.discard()
         raise
     for note, times in sorted(writer.notes.items()):
         _say(f"{note}: {times}")

@@ -258,7 +258,7 @@ def test_an_empty_file_has_no_records(tmp_path, name):
 
 
 def test_a_file_that_cannot_be_read_at_all_is_an_error_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such file.*none\.smi"):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory.*none\.smi"):
         fm.read(tmp_path / "none.smi")
     (tmp_path / "x.xyz").touch()
     with pytest.raises(ValueError, match=r"expected a file ending in \.sdf .* got \.xyz"):

@@ -188,7 +188,7 @@ class GridWriter:
         Returns the list of skipped records beside it, ``out.skipped.tsv``, if there are any.
         """
         if not self.written:
-            shutil.rmtree(self.partial)
+            self.discard()
             return None
         for name in ("grids", *_SMALL):
             array = self._group[name]
@@ -205,8 +205,12 @@ class GridWriter:
         if self.skipped:
             report = self.out.with_name(self.out.name + ".skipped.tsv")
             os.replace(self.partial / "skipped.tsv", report)
-        shutil.rmtree(self.partial)
+        self.discard()
         return report
+
+    def discard(self) -> None:
+        """Throw away what is not finished."""
+        shutil.rmtree(self.partial)
 
 
 def _zarr() -> Any:
@@ -260,7 +264,7 @@ def open_grids(path: str | os.PathLike[str]) -> Grids:
     load."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         source, info = _open_npz(path) if path.is_file() else _open_zarr(path)
         fields = {**info, **{name: tuple(info[name]) for name in ("elements", "shape", "spacing")}}

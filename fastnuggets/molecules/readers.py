@@ -61,7 +61,7 @@ def read(
     path = Path(path)
     need("rdkit.Chem")
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     form = _format(path)
     damage: list[str] = []
     source = path if form.records is _parquet else _lines(path, damage)
@@ -99,7 +99,7 @@ def count_records(path: str | os.PathLike[str]) -> int:
     """How many records ``read`` gives at most; reads the file through once, without RDKit."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     form = _format(path)
     damage: list[str] = []
     if form.records is _parquet:
