@@ -73,6 +73,7 @@ _RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "dee
 _KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
 _SIGMA = {"wave": 1.0, "gaussian": 0.5}
 _BATCH_BYTES = 1 << 28
+_OUTSIDE = "outside"
 _TOLD = 5  # skipped records named on the terminal
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -348,8 +349,12 @@ def _voxelize(args: argparse.Namespace) -> int:
         else:
             writer.discard()
         raise
-    for note, times in sorted(writer.notes.items()):
-        _say(f"{note}: {times}")
+    outside = writer.notes.pop(_OUTSIDE, 0)
+    if outside:
+        _say(f"molecules with an atom outside the box: {outside}")
+    if writer.notes:
+        others = ", ".join(f"{element} {count}" for element, count in writer.notes.most_common())
+        _say(f"atoms without a channel left out: {others}")
     text = f"{args.out}: {writer.written} molecules as {info.dtype} grids {[len(info.elements), *info.shape]}"
     return _summary(args, text, writer.written, writer.skipped, report)
 
@@ -379,17 +384,16 @@ def _fill(writer: GridWriter, args: argparse.Namespace, size: int) -> None:
 def _append(writer: GridWriter, args: argparse.Namespace, group: list[Conformer]) -> None:
     from fastnuggets.molecules import Molecules
 
-    elements, notes = writer.info.elements, Counter[str]()
+    elements = writer.info.elements
     every = Molecules.from_conformers(group)
-    for element, times in every.elements().items():
-        if element not in (*elements, "H"):  # that hydrogens have no channel is the usual case
-            notes[f"atoms of {element} left out"] = times
+    # That hydrogens have no channel is the usual case.
+    notes = Counter({key: n for key, n in every.elements().items() if key not in (*elements, "H")})
     molecules = every.keep(elements)
     center = every.center() if args.center == "mean" else torch.zeros(len(every), 3)
     owner = torch.repeat_interleave(torch.arange(len(molecules)), molecules.ptr.diff())
     half = torch.tensor(writer.info.shape) * torch.tensor(writer.info.spacing) / 2
     outside = ((molecules.coords - center[owner]).abs() > half).any(1)
-    notes["molecules with an atom outside the box"] = len(set(owner[outside].tolist()))
+    notes[_OUTSIDE] = len(set(owner[outside].tolist()))
     writer.append(
         _grids(writer.info, molecules.to(args.device), center.to(args.device)),
         center.numpy(),

@@ -99,7 +99,7 @@ def test_voxelize_writes_what_the_op_computes(smi, capsys):
         "g.zarr: 3 molecules as float32 grids [3, 20, 24, 28], 1 record skipped (named in g.zarr.skipped.tsv)\n"
     )
     assert "skipped record 2 (broken): unclosed ring for input: 'C1CC'" in said.err
-    assert "atoms of Si left out: 1" in said.err
+    assert "atoms without a channel left out: Si 1" in said.err
     assert Path("g.zarr.skipped.tsv").read_text() == "2\tbroken\tunclosed ring for input: 'C1CC'\n"
     grids = fm.open_grids("g.zarr")
     assert grids.info == fm.GridInfo(

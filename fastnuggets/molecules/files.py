@@ -74,10 +74,11 @@ def available_memory() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        free = min(free, int(limit) - int(used))
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # The page cache counts towards the limit too, but gives way.
+        free = min(free, int((group / "memory.max").read_text()) - int(used["anon"]))
     return free
 
 
