@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import importlib
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastnuggets
 from fastnuggets import molecules as fm
 from fastnuggets.molecules import _worker, embedding, files, table
 from fastnuggets.molecules import grids as grids_module
@@ -233,9 +235,13 @@ def test_parquet_with_smiles_is_read_by_column(tmp_path):
 def test_the_ligands_of_a_pdb_are_its_groups_of_hetero_atoms(tmp_path):
     ligand = Chem.MolFromMolBlock(block_3d("CCO", "x"))
     atoms = [line for line in Chem.MolToPDBBlock(ligand).splitlines() if line.startswith("HETATM")]
+    second = [line[:16] + "B" + line[17:30] + "  99.000" + line[38:] for line in atoms]
     text = [
+        "SEQRES   1 A    2  GLY MSE",
+        "HETATM   90  CA  MSE A   2       7.000   0.000   0.000  1.00  0.00           C",
+        "HETATM   91  CB  MSE A   2       7.000   1.500   0.000  1.00  0.00           C",
         "ATOM      1  CA  GLY A   1       0.000   0.000   0.000  1.00  0.00           C",
-        *(line[:17] + "LIG B 201" + line[26:] for line in atoms),
+        *(line[:17] + "LIG B 201" + line[26:] for line in atoms + second),
         "HETATM   50  O   HOH A 301      11.000  11.000  11.000  1.00  0.00           O",
         "HETATM   51 ZN    ZN A 302      15.000  11.000  11.000  1.00  0.00          ZN",
         "END",
@@ -267,6 +273,18 @@ def test_a_file_that_cannot_be_read_at_all_is_an_error_at_once(tmp_path):
 
 def test_reading_can_start_further_on(smi):
     assert [(r.index, r.name) for r in fm.read(smi, start=4)] == [(5, "m4"), (6, "m5")]
+
+
+def test_the_package_is_imported_without_its_extra(monkeypatch, smi):
+    monkeypatch.setattr(fastnuggets, "molecules", fm)  # so that it is put back
+    for name in [name for name in sys.modules if name.startswith("fastnuggets.molecules")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("rdkit", "rdkit.Chem", "pyarrow", "pyarrow.parquet", "zarr", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    fresh = importlib.import_module("fastnuggets.molecules")
+    assert fresh is not fm
+    with pytest.raises(ImportError, match=r"fastnuggets\[molecules\]"):
+        fresh.read(smi)
 
 
 @pytest.mark.parametrize("module", ["rdkit.Chem", "pyarrow"])

@@ -48,11 +48,11 @@ def read(
     """Stream the molecules of a file through RDKit.
 
     Formats, by ending: ``.sdf`` ``.sd`` ``.mol`` (hydrogens and coordinates kept), ``.smi`` ``.smiles`` (SMILES,
-    blank, name), ``.csv`` ``.tsv``, all of them also with ``.gz``; ``.pdb`` ``.ent`` (each HETATM group of two atoms
-    or more that is not water; bond orders are not in the file, so its SMILES has single bonds only); ``.parquet`` (a
-    SMILES column, or the table of ``save_table``). The SMILES column of a table is the one called smiles, or like it,
-    or ``column``; names come from ``name_column``, or a column called name or id, or count the rows. ``start`` skips
-    that many records unparsed.
+    blank, name), ``.csv`` ``.tsv``; ``.pdb`` ``.ent`` (each HETATM group of two atoms or more that is neither water
+    nor part of a SEQRES chain; bond orders are not in the file, so its SMILES has single bonds only); all of them also
+    with ``.gz``; ``.parquet`` (a SMILES column, or the table of ``save_table``). The SMILES column of a table is the
+    one called smiles, or like it, or ``column``; names come from ``name_column``, or a column called name or id, or
+    count the rows. ``start`` skips that many records unparsed.
 
     A record RDKit cannot read has ``error`` set; so has the tail of a file that was cut off, and reading goes on or
     ends there. RDKit's own messages are kept off the terminal. Raises FileNotFoundError; ValueError for an unknown
@@ -242,17 +242,22 @@ def _columns(fields: list[str], column: str | None, name_column: str | None) -> 
 
 
 def _pdb(lines: Iterable[bytes], damage: list[str], columns: Any) -> Iterator[tuple[str, str]]:
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], dict[str, str]] = {}
     bonds: list[str] = []
+    polymer = set(_WATER)
     for line in map(_text, lines):
-        if line.startswith("HETATM") and line[17:20].strip() not in _WATER and line[16:17] in " A1":
-            groups.setdefault((line[17:20].strip(), line[21:22].strip(), line[22:27].strip()), []).append(line)
+        if line.startswith("SEQRES"):
+            polymer.update(line[19:].split())
+        elif line.startswith("HETATM") and line[17:20].strip() not in polymer:
+            group = groups.setdefault((line[17:20].strip(), line[21:22].strip(), line[22:27].strip()), {})
+            group.setdefault(line[12:16], line[:16] + " " + line[17:])  # of alternate locations the first
         elif line.startswith("CONECT"):
             bonds.append(line)
         elif line.startswith("ENDMDL"):  # the other models are the same molecules again
             break
-    for key, atoms in groups.items():
-        if len(atoms) > 1:
+    for key, group in groups.items():
+        if len(group) > 1:
+            atoms = list(group.values())
             serials = {atom[6:11] for atom in atoms}
             own = [bond for bond in bonds if bond[6:11] in serials]
             yield " ".join(filter(None, key)), "".join([*atoms, *own, "END\n"])

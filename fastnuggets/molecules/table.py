@@ -70,12 +70,6 @@ def open_parquet(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def is_table(path: str | os.PathLike[str]) -> bool:
-    """Whether a Parquet file holds coordinates (``z`` and ``xyz``), not only SMILES."""
-    with open_parquet(Path(path)) as file:
-        return {"z", "xyz"} <= set(file.schema_arrow.names)
-
-
 def save_table(path: str | os.PathLike[str], molecules: Molecules | Iterable[Molecules]) -> int:
     """Write one batch, or a stream of batches in constant memory; returns the number of molecules.
 
