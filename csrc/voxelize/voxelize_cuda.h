@@ -1,5 +1,5 @@
-// CUDA kernels of voxelize, as voxelize_cuda.cpp (and a test on a machine without a GPU) calls them: raw device pointers,
-// every call is asynchronous on `stream`, allocates nothing and may be captured in a CUDA graph.
+// CUDA kernels of voxelize, as voxelize_cuda.cpp (and a test on a machine without a GPU) calls them: raw device
+// pointers, every call is asynchronous on `stream`, allocates nothing and may be captured in a CUDA graph.
 //
 // T is float or double to compute values, Dual of one of them to compute derivatives along `tangent`.
 #pragma once
@@ -35,8 +35,8 @@ void voxelize_forward(const CudaJob<T>& job, void* out, Dtype dtype);
 template <class T>
 void voxelize_backward(const CudaJob<T>& job, const void* grad, Dtype dtype, const Gradients<Real<T>>& to);
 
-// The voxels that are not zero, in the order of their place in [G, C, D, H, W]. First count them by tile, then, given for
-// each tile how many precede it, write their places [5, total] (g, c, d, h, w) and values [total].
+// The voxels that are not zero, in the order of their place in [G, C, D, H, W]. First count them by tile, then, given
+// for each tile how many precede it, write their places [5, total] (g, c, d, h, w) and values [total].
 std::int64_t sparse_tiles(std::int64_t grids, std::int64_t channels, const Grid& grid);
 template <class R>
 void voxelize_sparse_count(const CudaJob<R>& job, std::int64_t* counts);  // [sparse_tiles]

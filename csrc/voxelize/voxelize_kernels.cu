@@ -1,6 +1,6 @@
-// Forward: a block owns a tile of one channel of one grid. It collects the atoms that reach the tile, in ascending order,
-// and writes each voxel once; most tiles have no atom and cost their zeros alone. Backward: a block owns one entry on one
-// pose. Neither uses atomics, so results do not depend on scheduling.
+// Forward: a block owns a tile of one channel of one grid. It collects the atoms that reach the tile, in ascending
+// order, and writes each voxel once; most tiles have no atom and cost their zeros alone. Backward: a block owns one
+// entry on one pose. Neither uses atomics, so results do not depend on scheduling.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -26,8 +26,8 @@ enum class Family { product, cut_gaussian, wave, molgrid, moleculekit };
 
 // A density whose formulas in voxelize_math.h are those of the family.
 template <Family F>
-constexpr Density kRadial = F == Family::wave      ? Density::wave
-                            : F == Family::molgrid ? Density::molgrid
+constexpr Density kRadial = F == Family::wave          ? Density::wave
+                            : F == Family::molgrid     ? Density::molgrid
                             : F == Family::moleculekit ? Density::moleculekit
                                                        : Density::molvoxel;
 
@@ -35,11 +35,16 @@ template <class Body>
 void for_family(Density density, Body body) {
   switch (density) {
     case Density::sphere:
-    case Density::molvoxel: return body(std::integral_constant<Family, Family::cut_gaussian>());
-    case Density::wave: return body(std::integral_constant<Family, Family::wave>());
-    case Density::molgrid: return body(std::integral_constant<Family, Family::molgrid>());
-    case Density::moleculekit: return body(std::integral_constant<Family, Family::moleculekit>());
-    default: return body(std::integral_constant<Family, Family::product>());
+    case Density::molvoxel:
+      return body(std::integral_constant<Family, Family::cut_gaussian>());
+    case Density::wave:
+      return body(std::integral_constant<Family, Family::wave>());
+    case Density::molgrid:
+      return body(std::integral_constant<Family, Family::molgrid>());
+    case Density::moleculekit:
+      return body(std::integral_constant<Family, Family::moleculekit>());
+    default:
+      return body(std::integral_constant<Family, Family::product>());
   }
 }
 
@@ -72,20 +77,31 @@ __device__ bool is_zero(T x) {
 template <class R>
 __device__ R load(const void* data, Dtype dtype, int64_t at) {
   switch (dtype) {
-    case Dtype::float32: return R(static_cast<const float*>(data)[at]);
-    case Dtype::float64: return R(static_cast<const double*>(data)[at]);
-    case Dtype::float16: return R(__half2float(static_cast<const __half*>(data)[at]));
-    default: return R(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]));
+    case Dtype::float32:
+      return R(static_cast<const float*>(data)[at]);
+    case Dtype::float64:
+      return R(static_cast<const double*>(data)[at]);
+    case Dtype::float16:
+      return R(__half2float(static_cast<const __half*>(data)[at]));
+    default:
+      return R(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]));
   }
 }
 
 template <class R>
 __device__ void store(void* data, Dtype dtype, int64_t at, R x) {
   switch (dtype) {
-    case Dtype::float32: static_cast<float*>(data)[at] = float(x); break;
-    case Dtype::float64: static_cast<double*>(data)[at] = double(x); break;
-    case Dtype::float16: static_cast<__half*>(data)[at] = __float2half_rn(float(x)); break;
-    default: static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(float(x));
+    case Dtype::float32:
+      static_cast<float*>(data)[at] = float(x);
+      break;
+    case Dtype::float64:
+      static_cast<double*>(data)[at] = double(x);
+      break;
+    case Dtype::float16:
+      static_cast<__half*>(data)[at] = __float2half_rn(float(x));
+      break;
+    default:
+      static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(float(x));
   }
 }
 
@@ -123,7 +139,8 @@ T ceil_div(T a, T b) {
 
 unsigned blocks_for(int64_t units, int64_t units_in_block) {
   const int64_t blocks = ceil_div(units, units_in_block);
-  if (blocks > 0x7fffffff) throw std::runtime_error("fastnuggets: a grid of this size needs too many blocks of threads");
+  if (blocks > 0x7fffffff)
+    throw std::runtime_error("fastnuggets: a grid of this size needs too many blocks of threads");
   return unsigned(blocks);
 }
 
@@ -196,15 +213,24 @@ __device__ void place(const Grid& grid, T size, T omega, Placed<T>& placed, Foot
 template <class T>
 __device__ void place(const Grid& grid, T size, T omega, Placed<T>& placed, Footprint& footprint) {
   switch (grid.density) {
-    case Density::nearest: return place<Density::nearest>(grid, size, omega, placed, footprint);
-    case Density::trilinear: return place<Density::trilinear>(grid, size, omega, placed, footprint);
-    case Density::sphere: return place<Density::sphere>(grid, size, omega, placed, footprint);
-    case Density::gaussian: return place<Density::gaussian>(grid, size, omega, placed, footprint);
-    case Density::wave: return place<Density::wave>(grid, size, omega, placed, footprint);
-    case Density::molgrid: return place<Density::molgrid>(grid, size, omega, placed, footprint);
-    case Density::molvoxel: return place<Density::molvoxel>(grid, size, omega, placed, footprint);
-    case Density::pyuul: return place<Density::pyuul>(grid, size, omega, placed, footprint);
-    case Density::moleculekit: return place<Density::moleculekit>(grid, size, omega, placed, footprint);
+    case Density::nearest:
+      return place<Density::nearest>(grid, size, omega, placed, footprint);
+    case Density::trilinear:
+      return place<Density::trilinear>(grid, size, omega, placed, footprint);
+    case Density::sphere:
+      return place<Density::sphere>(grid, size, omega, placed, footprint);
+    case Density::gaussian:
+      return place<Density::gaussian>(grid, size, omega, placed, footprint);
+    case Density::wave:
+      return place<Density::wave>(grid, size, omega, placed, footprint);
+    case Density::molgrid:
+      return place<Density::molgrid>(grid, size, omega, placed, footprint);
+    case Density::molvoxel:
+      return place<Density::molvoxel>(grid, size, omega, placed, footprint);
+    case Density::pyuul:
+      return place<Density::pyuul>(grid, size, omega, placed, footprint);
+    case Density::moleculekit:
+      return place<Density::moleculekit>(grid, size, omega, placed, footprint);
   }
 }
 
@@ -233,8 +259,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     footprint.channel = int(c);
     Placed<T> placed;
     box_position(m, n, segment_of(m.ptr, m.B, n) * m.K + k, placed.position);
-    for (int axis = 0; axis < 3; ++axis)
-      placed.direction[axis] = tangent_at(tangent.coords, (n * m.K + k) * 3 + axis);
+    for (int axis = 0; axis < 3; ++axis) placed.direction[axis] = tangent_at(tangent.coords, (n * m.K + k) * 3 + axis);
     placed.weight = with_tangent<T>(entry(m.weight, n, c), tangent_at(tangent.weight, at));
     place(grid, with_tangent<T>(size, tangent_at(tangent.size, at)),
           with_tangent<T>(entry(m.omega, n, c), tangent_at(tangent.omega, at)), placed, footprint);
@@ -316,7 +341,7 @@ __device__ int collect(Hits<kThreads>& hits, bool hit) {
 // ---- forward
 
 constexpr int kTileThreads = 256;
-constexpr int kBatch = 8;         // atoms whose axis functions are in shared memory at a time
+constexpr int kBatch = 8;  // atoms whose axis functions are in shared memory at a time
 constexpr int kTilePlanes = 32;
 constexpr int kTileRows = 8;
 constexpr int kTileColumns = 128;
@@ -326,8 +351,8 @@ constexpr int kTileSlots = kTilePlanes + kTileRows + kTileColumns;
 template <class T>
 constexpr int kQuads = sizeof(T) <= 8 ? 4 : 2;
 
-// How the grid is cut. The four voxels of a group are neighbours in a row, so that one store writes them, or, where rows
-// are not aligned, `quads` apart, so that neighbouring threads write neighbouring voxels.
+// How the grid is cut. The four voxels of a group are neighbours in a row, so that one store writes them, or, where
+// rows are not aligned, `quads` apart, so that neighbouring threads write neighbouring voxels.
 struct Tiling {
   int extent[3];  // planes, rows, columns of a tile
   int count[3];   // tiles on each axis
@@ -454,8 +479,7 @@ __device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile
   const int64_t entries = job.entries.first_of(tile.g % job.entries.K, tile.c);
   for (int64_t n = begin; n < end; n += kTileThreads) {
     const int64_t mine = n + threadIdx.x;
-    const int hits =
-        collect(s.hits, mine < end && reaches(job.entries.footprints[entries + mine], tile.c, tile.box));
+    const int hits = collect(s.hits, mine < end && reaches(job.entries.footprints[entries + mine], tile.c, tile.box));
     for (int batch = 0; batch < hits; batch += kBatch) {
       const int count = hits - batch < kBatch ? hits - batch : kBatch;
       fill_tables<F>(s, job.entries, entries + n, batch, count, job.grid, job.tiling, tile.box);
@@ -494,8 +518,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   add_atoms<F>(shared, job, tile, sums);
 #pragma unroll
   for (int i = 0; i < kQuads<T>; ++i) {
-    const Target to = target_of(job.grid, job.tiling, tile.g * job.entries.C + tile.c, tile.box,
-                                place_of(job.tiling, i));
+    const Target to =
+        target_of(job.grid, job.tiling, tile.g * job.entries.C + tile.c, tile.box, place_of(job.tiling, i));
     if (!to.exists) continue;
     const Real<T> values[4] = {result(sums[i][0]), result(sums[i][1]), result(sums[i][2]), result(sums[i][3])};
     if (job.tiling.adjacent) {
@@ -572,7 +596,7 @@ constexpr int kAtomThreads = 128;
 // Voxels that a block reads at a time, one a thread: in float, rows of 8 are whole memory sectors.
 constexpr int kBrickD = 4, kBrickH = 4, kBrickW = 8;
 static_assert(kBrickD * kBrickH * kBrickW == kAtomThreads);
-constexpr int kSpan = 32;             // voxels on an axis for which functions are held in shared memory
+constexpr int kSpan = 32;  // voxels on an axis for which functions are held in shared memory
 
 // What a voxel takes from one axis: of a product AxisSlope's members, else offset, its square, the gaussian factor.
 template <class T>
@@ -847,8 +871,8 @@ std::size_t workspace_bytes(const Molecules<Real<T>>& m) {
 template <class T>
 void voxelize_forward(const CudaJob<T>& job, void* out, Dtype dtype) {
   if (job.grid.voxels() == 0) return;
-  const bool aligned =
-      job.grid.shape[2] % 4 == 0 && reinterpret_cast<std::uintptr_t>(out) % std::min<int64_t>(16, 4 * bytes_of(dtype)) == 0;
+  const bool aligned = job.grid.shape[2] % 4 == 0 &&
+                       reinterpret_cast<std::uintptr_t>(out) % std::min<int64_t>(16, 4 * bytes_of(dtype)) == 0;
   const ForwardJob<T> forward{placed_entries(job), job.grid,
                               make_tiling(job.grid, kQuads<T> * kTileThreads, aligned, false)};
   const unsigned blocks = blocks_for(blocks_of_grid(forward.tiling, job.m.B * job.m.K, job.m.C), 1);
@@ -899,9 +923,9 @@ void segment_expand(const R* y, const std::int64_t* ptr, std::int64_t segments, 
             width, out);
 }
 
-#define FN_INSTANTIATE(T)                                                                   \
-  template std::size_t workspace_bytes<T>(const Molecules<Real<T>>&);                       \
-  template void voxelize_forward<T>(const CudaJob<T>&, void*, Dtype);                       \
+#define FN_INSTANTIATE(T)                                             \
+  template std::size_t workspace_bytes<T>(const Molecules<Real<T>>&); \
+  template void voxelize_forward<T>(const CudaJob<T>&, void*, Dtype); \
   template void voxelize_backward<T>(const CudaJob<T>&, const void*, Dtype, const Gradients<Real<T>>&);
 FN_INSTANTIATE(float)
 FN_INSTANTIATE(double)
@@ -909,11 +933,11 @@ FN_INSTANTIATE(Dual<float>)
 FN_INSTANTIATE(Dual<double>)
 #undef FN_INSTANTIATE
 
-#define FN_INSTANTIATE(R)                                                                                        \
-  template void voxelize_sparse_count<R>(const CudaJob<R>&, std::int64_t*);                                      \
+#define FN_INSTANTIATE(R)                                                                                          \
+  template void voxelize_sparse_count<R>(const CudaJob<R>&, std::int64_t*);                                        \
   template void voxelize_sparse_write<R>(const CudaJob<R>&, const std::int64_t*, std::int64_t, std::int64_t*, R*); \
-  template void segment_sum<R>(const R*, const std::int64_t*, std::int64_t, std::int64_t, R*, cudaStream_t);     \
-  template void segment_expand<R>(const R*, const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, R*,   \
+  template void segment_sum<R>(const R*, const std::int64_t*, std::int64_t, std::int64_t, R*, cudaStream_t);       \
+  template void segment_expand<R>(const R*, const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, R*,     \
                                   cudaStream_t);
 FN_INSTANTIATE(float)
 FN_INSTANTIATE(double)

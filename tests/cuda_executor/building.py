@@ -12,23 +12,23 @@ SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC"]
 
 
-def _newest_source() -> float:
-    sources = [p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cu"}]
-    return max(path.stat().st_mtime for path in sources)
+def _newest(sources: tuple[Path, ...]) -> float:
+    headers = [path for root in (CSRC, HERE) for path in root.rglob("*") if path.suffix in {".h", ".cuh"}]
+    return max(path.stat().st_mtime for path in (*sources, *headers, Path(__file__)))
 
 
-def build(source: Path, *, sanitize: bool, shared: bool, define: tuple[str, ...] = ()) -> Path:
-    """Returns the program, or the shared library, made from one source file."""
-    name = "-".join([source.stem, *define, *(["sanitized"] if sanitize else [])])
+def build(*sources: Path, sanitize: bool, shared: bool, define: tuple[str, ...] = ()) -> Path:
+    """Returns the program, or the shared library, made from source files and named after the first."""
+    name = "-".join([sources[0].stem, *define, *(["sanitized"] if sanitize else [])])
     target = BUILD / (name + ".so" if shared else name)
-    if target.exists() and target.stat().st_mtime > _newest_source():
+    if target.exists() and target.stat().st_mtime > _newest(sources):
         return target
     BUILD.mkdir(exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     command = [os.environ.get("CXX", "g++"), *FLAGS, *(SANITIZERS * sanitize), *(["-shared"] * shared)]
-    command += [f"-D{name}" for name in define] + [f"-I{HERE / 'shim'}", f"-I{CSRC}", "-x", "c++", str(source)]
+    command += [f"-D{name}" for name in define] + [f"-I{HERE / 'shim'}", f"-I{CSRC}", "-x", "c++", *map(str, sources)]
     result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{source.name} does not compile:\n{result.stderr}")
+        raise RuntimeError(f"{sources[0].name} does not compile:\n{result.stderr}")
     unfinished.rename(target)
     return target
