@@ -62,7 +62,7 @@ else
   say "compute-sanitizer does not work on this machine: $(tail -n 1 "$out/probe.log")"
 fi
 
-step bench 110 "$python" -m bench --device cuda
+step bench 110 "$python" -m bench --device cuda --out "$out"
 cat "$out/bench.log"
 step executor 40 "${pytest[@]}" "${workers[@]}" tests/cuda_executor
 tail -n 5 "$out/executor.log"
