@@ -112,7 +112,7 @@ def _from_cuda_interface(array: Any, name: str) -> torch.Tensor:
         raise _negative_stride(name)
     stream = interface.get("stream")
     if stream is not None:
-        torch.cuda.ExternalStream(stream).synchronize()  # type: ignore[no-untyped-call]
+        torch.cuda.ExternalStream(stream).synchronize()
     return torch.as_tensor(array, device="cuda")
 
 
