@@ -1,7 +1,7 @@
 #!/bin/bash
 # One command on a machine with a GPU: bash bench/gpu.sh
-# Builds in place for that GPU with the torch of $PYTHON, runs the tests, compute-sanitizer and the benchmarks, and leaves
-# the logs in $OUT (bench/results/<time> if unset). Installs nothing, needs no network, ends within ten minutes.
+# Builds in place for that GPU with the torch of $PYTHON, runs the tests, compute-sanitizer and the benchmarks, and
+# leaves the logs in $OUT (bench/results/<time> if unset). Installs nothing, needs no network, ends in ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ unset TORCH_CUDA_ARCH_LIST # the visible GPU decides
 
 say() { echo "$*" | tee -a "$summary"; }
 
-# step NAME SECONDS COMMAND...: all output goes to NAME.log, its end to the screen; a failure does not stop what follows.
+# step NAME SECONDS COMMAND...: all output goes to NAME.log; a failure does not stop what follows.
 step() {
   local name=$1 limit=$2 start=$SECONDS status verdict
   shift 2
