@@ -1,0 +1,5 @@
+"""Networks, one file a system: no kernels and no training loop in here."""
+
+from fastnuggets.models.wave_autoencoder import WaveAutoencoder
+
+__all__ = ["WaveAutoencoder"]
