@@ -15,6 +15,7 @@ BEGIN, END = "<!-- kernel resources: begin -->", "<!-- kernel resources: end -->
 SOURCE = re.compile(r"^\[\d+/\d+\] .*nvcc .* -c \S*/(csrc/(\w+)/\w+\.cu) ")
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+FUNCTION = re.compile(r"Function properties for (\w+)")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 WARNING = re.compile(r"(ptxas|nvlink|nvcc) *warning|: warning[ #:]|warning #\d+")
@@ -26,8 +27,8 @@ def demangle(names):
 
 
 def short(signature):
-    """`void fastnuggets::f<float, 3>(float*, int)` is `f<float, 3>`."""
-    name = signature.removeprefix("void ").replace("fastnuggets::", "").replace("(anonymous namespace)::", "")
+    """`void fastnuggets::cuda::f<float, 3>(float*, int)` is `f<float, 3>`."""
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", signature.removeprefix("void ")).replace(" >", ">")
     depth = 0
     for i, letter in enumerate(name):
         depth += {"<": 1, ">": -1}.get(letter, 0)
@@ -37,22 +38,25 @@ def short(signature):
 
 
 def parse(log):
-    """(family, kernel, architecture) -> registers, static shared memory in bytes, stack in bytes, spills in bytes"""
-    table = {}
-    family = key = None
+    """(family, kernel, architecture) -> registers, static shared memory and stack in bytes; and what is wrong."""
+    table, faults = {}, [line for line in log.splitlines() if WARNING.search(line)]
+    family = key = function = None
     for line in log.splitlines():
         if match := SOURCE.search(line):
             family = match[2]
         elif match := KERNEL.search(line):
             key = (family, match[1], match[2])
-            table[key] = {}
-        elif key and (match := FRAME.search(line)):
-            table[key] |= {"stack": int(match[1]), "spill": int(match[2]) + int(match[3])}
-        elif key and (match := USED.search(line)):
+        elif match := FUNCTION.search(line):
+            function = match[1]
+        elif match := FRAME.search(line):
+            if function == key[1]:
+                table[key] = {"stack": int(match[1])}
+            if spilled := int(match[2]) + int(match[3]):
+                faults.append(f"{function} on {key[2]} spills {spilled} bytes")
+        elif match := USED.search(line):
             shared = SHARED.search(line)
             table[key] |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
-            key = None
-    return table
+    return table, faults
 
 
 def render(rows):
@@ -89,13 +93,9 @@ def nvcc_version(log):
 
 def main():
     log = Path(sys.argv[1]).read_text()
-    table = parse(log)
+    table, faults = parse(log)
     if not table:
         sys.exit("no kernel in the log: was this a full build with -Xptxas -v?")
-    faults = [line for line in log.splitlines() if WARNING.search(line)]
-    faults += [
-        f"{kernel} on {arch} spills {row['spill']} bytes" for (_, kernel, arch), row in table.items() if row["spill"]
-    ]
     if faults:
         sys.exit("\n".join(faults))
     families = defaultdict(dict)
