@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -11,7 +12,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ example:
 """
 _CONFORMERS = """\
 Write the coordinate table: Parquet with smiles, name, z (atomic numbers) and xyz (angstrom), about 350 bytes a
-molecule.
+molecule. After an interruption the same command finds the finished conformers in the cache.
 
 example:
   fastnuggets conformers molecules.smi --out molecules.parquet
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "--center", choices=("mean", "origin"), default="mean", help="what is mid-box: heavy atoms' mean, or 0,0,0"
     )
     grids.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float16")
-    grids.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    grids.add_argument("--device", type=_device, default="cpu", help="where to compute (default cpu)")
     grids.add_argument("--restart", action="store_true", help="throw away OUT.partial instead of going on from it")
     grids.add_argument("--overwrite", action="store_true", help="replace OUT at the end")
 
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     atoms.add_argument("input", type=Path, metavar="GRIDS", help="what voxelize wrote")
     atoms.add_argument("--out", required=True, type=Path, metavar="FILE.sdf")
     atoms.add_argument("--noise", type=float, help="noise of a voxel (default: estimated from the grid)")
-    atoms.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    atoms.add_argument("--device", type=_device, default="cpu", help="where to compute (default cpu)")
     return parser
 
 
@@ -173,7 +174,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "fastnuggets" / "conformers"
 
 
@@ -201,6 +202,15 @@ def _positive(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
     return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _elements(text: str) -> tuple[str, ...]:
@@ -238,7 +248,7 @@ def _info(args: argparse.Namespace) -> int:
     return OK
 
 
-def _stream(args: argparse.Namespace, start: int = 0, **options: Any) -> Iterator[Conformer]:
+def _stream(args: argparse.Namespace, start: int = 0, **options: Any) -> Generator[Conformer, None, None]:
     from fastnuggets.molecules import conformers, read
 
     records = read(args.input, column=args.column, start=start)
@@ -368,10 +378,10 @@ def _fill(writer: GridWriter, args: argparse.Namespace, size: int) -> None:
 
     # Chunks of the conformer cache are counted from the first record: begin where one begins.
     start = writer.consumed // CHUNK * CHUNK
-    fresh = (conformer for conformer in _stream(args, start) if conformer.index > writer.consumed)
-    with tqdm(total=writer.capacity, initial=writer.consumed, unit="mol", desc="voxelize", disable=None) as bar:
+    bar = tqdm(total=writer.capacity, initial=writer.consumed, unit="mol", desc="voxelize", disable=None)
+    with contextlib.closing(_stream(args, start)) as stream, bar:
         told = 0
-        for group in batched(fresh, size):
+        for group in batched((conformer for conformer in stream if conformer.index > writer.consumed), size):
             group = [_checked(conformer, args, writer.info.elements) for conformer in group]
             _append(writer, args, group)
             bar.update(len(group))

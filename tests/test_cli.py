@@ -68,6 +68,8 @@ def test_help_says_what_there_is_and_what_the_exit_codes_mean(capsys):
         ["voxelize", "x.smi", "--out", "g.zarr", "--spacing", "-1"],
         ["voxelize", "x.smi", "--out", "g.zarr", "--spacing", "nan"],
         ["voxelize", "x.smi", "--out", "g.zarr", "--sigma", "0"],
+        ["voxelize", "x.smi", "--out", "g.zarr", "--device", "abacus"],
+        ["invert", "g.zarr", "--out", "a.sdf", "--device", "cuda:99"],
     ],
 )
 def test_a_wrong_command_line_ends_with_2(arguments, capsys):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -48,7 +48,7 @@ def conformers(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
     total: int | None = None,
-) -> Iterator[Conformer]:
+) -> Generator[Conformer, None, None]:
     """One conformer for each record, in order and in constant memory.
 
     A record with 3-D coordinates keeps them, atoms as in its file. Any other is embedded from its canonical SMILES by
@@ -81,7 +81,7 @@ def _conformers(
     store: _Cache | None,
     progress: bool,
     total: int | None,
-) -> Iterator[Conformer]:
+) -> Generator[Conformer, None, None]:
     bar = need("tqdm").tqdm(total=total, unit="mol", desc="conformers", disable=None if progress else True)
     with _Workers(_cores() if processes is None else processes, timeout) as workers, bar:
         waiting: deque[_Chunk] = deque()
