@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace fastnuggets::fit {
 
 template <class T>  // float or double
@@ -26,7 +28,7 @@ struct Problems {
   double cutoff;
   int iterations;  // at most so many steps are tried
 
-  std::int64_t voxels() const { return shape[0] * shape[1] * shape[2]; }
+  FN_HD std::int64_t voxels() const { return shape[0] * shape[1] * shape[2]; }
 };
 
 }  // namespace fastnuggets::fit

@@ -105,7 +105,8 @@ class Solver {
   FN_HD bool propose(double damping) {
     const int unknowns = n_ * kUnknowns;
     damped_solve(OneThread{}, unknowns, m_.matrix.data(), m_.gradient.data(), damping, m_.work.data(), m_.step.data());
-    const bool converged = limit(n_, m_.step.data());
+    bool converged = true;
+    for (int a = 0; a < n_; ++a) converged &= limit(m_.step.data() + a * kUnknowns);
     for (int i = 0; i < unknowns; ++i) m_.trial[i] = m_.kept[i] + m_.step[i];
     return converged;
   }

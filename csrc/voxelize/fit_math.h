@@ -43,7 +43,7 @@ FN_HD void damped_solve(const Team& team, int n, const double* N, const double* 
   for (int i = team.row; i < n; i += team.rows) {
     double* to = work + i * stride;
     for (int j = i + team.lane; j < n; j += team.lanes) to[j] = N[std::int64_t(i) * n + j];
-    if (team.lane == i % team.lanes) to[i] += damping * to[i] + kRidge;
+    if (team.lane == 0) to[i] += damping * to[i] + kRidge;
     if (team.lane == 0) to[n] = b[i];
   }
   // Cholesky, N = U^T U by rows of U; the right-hand side rides along as the last column.
@@ -75,23 +75,19 @@ FN_HD void damped_solve(const Team& team, int n, const double* N, const double* 
   }
 }
 
-// Shortens the moves in `step` [n, 4] that are too long; returns whether all are below kConverged.
-FN_HD bool limit(int atoms, double* step) {
-  bool converged = true;
-  for (int a = 0; a < atoms; ++a) {
-    double* s = step + a * kUnknowns;
-    const double length = std::sqrt(s[0] * s[0] + s[1] * s[1] + s[2] * s[2]);
-    converged = converged && length < kConverged && std::fabs(s[3]) < kConverged;
-    if (length > kLargestMove) {
-      for (int i = 0; i < 3; ++i) s[i] *= kLargestMove / length;
-    }
+// Shortens an atom's move in `step` [4] if it is too long; returns whether it was below kConverged.
+FN_HD bool limit(double* step) {
+  const double length = std::sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2]);
+  if (length > kLargestMove) {
+    for (int i = 0; i < 3; ++i) step[i] *= kLargestMove / length;
   }
-  return converged;
+  return length < kConverged && std::fabs(step[3]) < kConverged;
 }
 
 // The solver gives: double residual() of the trial atoms, returning the sum of squares up to a constant;
 // void normal_equations() at the atoms of the last residual(); bool propose(damping): trial = kept + step, and whether
-// the step was tiny; void keep(): kept = trial. At the start trial = kept.
+// the step was tiny; void keep(): kept = trial. At the start trial = kept. Every thread of a team gets the same
+// answers.
 template <class Solver>
 FN_HD void levenberg_marquardt(Solver& solver, int iterations) {
   double damping = kFirstDamping;

@@ -44,8 +44,8 @@ def fit_atoms(
     Returns:
         Positions [M, 3] and amplitudes [M] where the fit ended.
     """
-    axes = [(torch.arange(n) - (n - 1) / 2) * h for n, h in zip(grid.shape[1:], spacing, strict=True)]
-    voxels = torch.cartesian_prod(*axes).to(grid)  # [V, 3]
+    axes = [(torch.arange(n).to(grid) - (n - 1) / 2) * h for n, h in zip(grid.shape[1:], spacing, strict=True)]
+    voxels = torch.cartesian_prod(*axes)  # [V, 3]
     fitted = [torch.cat([positions[:0], amplitudes[:0, None]], 1)]
     for g, (first, last) in enumerate(zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True)):
         start = torch.cat([positions[first:last], amplitudes[first:last, None]], 1)
