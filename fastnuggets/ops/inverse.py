@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ FIT_CUTOFF = 1e-3  # the fit looks at voxels within 3.7 sigma of an atom
 FIT_ITERATIONS = 8
 SEED_HEIGHT, SEED_SIGNIFICANCE = 0.35, 4.5
 REGROW_HEIGHT, REGROW_SIGNIFICANCE = 0.5, 5.0  # in the residual
-LEAST_AMPLITUDE = 0.5
+LEAST_AMPLITUDE, AMPLITUDE_SIGNIFICANCE = 0.5, 6.0  # a grid offers some 10^5 places to a false atom
 MERGE_DISTANCE = 0.7  # angstrom, within a channel
 CONFLICT_DISTANCE = 0.9  # angstrom, between channels
-# Grids are filtered in parts. On the CPU their temporaries are small enough for malloc to recycle: fresh pages cost more
-# than the transform itself.
+# Grids are filtered in parts. On the CPU their temporaries are small enough for malloc to recycle: fresh pages cost
+# more than the transform.
 CHUNK_VOXELS = {"cpu": 2**20, "cuda": 2**27}
 
 RESOLUTION = 0.70  # 1/angstrom: neighbours of one element are 1.2 angstrom apart or more, and bonds 1.4
 BLIND_LIMIT = 0.25
 
+T = TypeVar("T", int, float)
 Number = float | Sequence[float] | Tensor
 
 
@@ -173,8 +174,9 @@ def find_atoms(
     """The atoms that a batch of grids shows, each channel holding atoms of one kind and of weight about 1.
 
     Peaks of the Wiener inverse are the seeds. Levenberg-Marquardt on the grid itself moves positions and amplitudes;
-    atoms below amplitude 0.5 are dropped and of two closer than 0.7 angstrom the weaker one; what the residual still
-    shows is added and fitted again. Of two atoms of different channels closer than 0.9 angstrom the stronger stays.
+    atoms below amplitude 0.5, or below 6 times its noise, are dropped, and of two closer than 0.7 angstrom the weaker
+    one; what the residual still shows is added and fitted again. Of two atoms of different channels closer than 0.9
+    angstrom the stronger stays.
 
     Args:
         grid: [B, C, D, H, W] float; computed in float32.
@@ -302,9 +304,23 @@ class _Search:
             FIT_CUTOFF,
             FIT_ITERATIONS,
         )
-        own = _Peaks(own.group, positions, amplitudes).where(amplitudes >= LEAST_AMPLITUDE)
+        own = _Peaks(own.group, positions, amplitudes)
+        own = own.where(amplitudes >= (AMPLITUDE_SIGNIFICANCE * self.amplitude_noise(own)).clamp(min=LEAST_AMPLITUDE))
         own = own.where(_stronger(own.positions, own.amplitudes, own.group, MERGE_DISTANCE))
         return atoms.where(~mine).also(own)
+
+    def amplitude_noise(self, atoms: _Peaks) -> Tensor:
+        """Standard deviation of fitted amplitudes, [M]: large for an atom at a wall, of which the grid shows a part."""
+        sigma, omega = self.sigma[atoms.group], self.omega[atoms.group]
+        edge, extent = (atoms.positions.new_tensor(x) for x in (self.spacing, self.grids.shape[1:]))
+        wall = edge * extent / 2
+        seen = torch.erf((wall - atoms.positions) / sigma[:, None]) + torch.erf(
+            (wall + atoms.positions) / sigma[:, None]
+        )
+        a = (2 * math.pi * sigma * omega) ** 2
+        energy = 0.5 * (math.sqrt(math.pi) * sigma) ** 3 * (1 + torch.exp(-a) * (1 - 2 * a)) / edge.prod()
+        noise: Tensor = self.level[atoms.group] / (energy * (seen / 2).prod(1)).clamp(min=1e-12).sqrt()
+        return noise
 
     def result(self, atoms: _Peaks, stale: Tensor) -> Atoms:
         """Settles conflicts between channels; `stale` are the groups whose energy is not that of `atoms`."""
@@ -365,7 +381,8 @@ class _Wiener:
         # A complex number times a real one would first make the real one complex.
         filtered = torch.view_as_complex(torch.view_as_real(spectrum) * gain[..., None])
         d, h, w = self.shape
-        return torch.fft.irfftn(filtered, s=self.padded, dim=axes)[..., :d, :h, :w]
+        estimate: Tensor = torch.fft.irfftn(filtered, s=self.padded, dim=axes)
+        return estimate[..., :d, :h, :w]
 
     def warn(self) -> None:
         for sigma, omega in self.distinct:
@@ -391,7 +408,7 @@ def transform(shape: Sequence[int], sigma: float, omega: float, spacing: Sequenc
 
 
 def wave_transform(q: Tensor, sigma: float, omega: float) -> Tensor:
-    """Fourier integral of exp(-r^2 / 2 sigma^2) cos(2 pi omega r) over space, angstrom^3; q in 1/angstrom, 0 or more."""
+    """Fourier integral of exp(-r^2 / 2 sigma^2) cos(2 pi omega r) over space, angstrom^3, at q >= 0."""
     a = 2 * (math.pi * sigma) ** 2
     scale = (2 * math.pi) ** 1.5 * sigma**3
     at_zero = scale * math.exp(-a * omega**2) * (1 - 2 * a * omega**2)
@@ -406,7 +423,8 @@ def sampled_transform(shape: Sequence[int], sigma: float, omega: float, spacing:
     axes = [torch.fft.fftfreq(n, 1 / (n * h), dtype=torch.float64) for n, h in zip(shape, spacing, strict=True)]
     r = _length(axes)
     kernel = torch.exp(-(r**2) / (2 * sigma**2)) * torch.cos(2 * math.pi * omega * r)
-    return torch.fft.rfftn(kernel).real
+    half: Tensor = torch.fft.rfftn(kernel)
+    return half.real
 
 
 def frequencies(shape: Sequence[int], spacing: Sequence[float]) -> Tensor:
@@ -548,11 +566,12 @@ def _per_channel(name: str, value: Number, grid: Tensor) -> Tensor:
     return values
 
 
-def _triple(name: str, value: float | Sequence[float], kind: type) -> tuple:
+def _triple(name: str, value: T | Sequence[T], kind: Callable[[T], T]) -> tuple[T, T, T]:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
     if len(values) != 3 or not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name}: expected one number or three, above 0, got {value}")
-    return tuple(kind(v) for v in values)
+    first, second, third = (kind(v) for v in values)
+    return first, second, third
 
 
 @torch.library.register_fake("fastnuggets::fit_atoms")
