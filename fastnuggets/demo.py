@@ -1,0 +1,457 @@
+"""The demo: molecules become grids, a network learns the grids, and the atoms come back, in one page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnuggets.models import WaveAutoencoder
+from fastnuggets.models.wave_autoencoder import channel_loss
+from fastnuggets.molecules import Molecules, conformers, count_records, read
+from fastnuggets.molecules.files import need
+from fastnuggets.ops.inverse import Atoms, find_atoms
+from fastnuggets.ops.voxelize import voxelize
+from fastnuggets.training import Checkpoint, Interrupted, fit, load_checkpoint
+
+ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I")
+CHANNELS = ("C", "N", "O", "S", "halogen")  # the halogens are too few here for a channel each
+SPACING = 0.5  # angstrom
+GATE = 0.5  # angstrom, between an atom and what counts as finding it
+LARGEST = 7.0  # angstrom, from the centre to the farthest heavy atom: a margin of an angstrom in the box of 16
+SMALLEST = 4  # heavy atoms
+SCALE_POWER = 0.75
+NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviation, of an atom's peak
+
+
+class Representation(NamedTuple):
+    """A way to draw atoms into a grid."""
+
+    name: str
+    density: str
+    sigma: float | None = None  # angstrom
+    omega: float | None = None  # waves per angstrom
+
+
+REPRESENTATIONS = (
+    Representation("one-hot", "nearest"),
+    Representation("Gaussian, narrow", "gaussian", 0.5),
+    Representation("Gaussian, wide", "gaussian", 1.0),
+    Representation("wave", "wave", 1.0, 0.5),
+)
+WAVE = REPRESENTATIONS[-1]
+
+
+class Plan(NamedTuple):
+    """How much the demo does."""
+
+    records: int | None  # read from the file; None: all
+    steps: int
+    batch: int = 16
+    learning_rate: float = 3e-3
+    width: int = 128
+    latent: int = 48
+    blocks: int = 2
+    shape: int = 32  # of the grids shown and measured
+    crop: int = 24  # of those trained on; less than `shape` costs less, and the network takes any shape
+    tested: int = 64  # molecules kept from the training
+    shown: int = 6
+
+
+STANDARD = Plan(records=None, steps=1500)
+QUICK = Plan(records=1200, steps=250, tested=32, shown=4)
+
+
+class Data(NamedTuple):
+    """Molecules of heavy atoms, centred, and how they were chosen."""
+
+    train: Molecules
+    test: Molecules
+    read: int
+    left_out: dict[str, int]
+    conformers_per_second: float | None  # None: they were in the cache
+
+
+class Score(NamedTuple):
+    """How found atoms agree with the true ones, of one channel (or of all together)."""
+
+    true: int
+    found: int
+    matched: int
+    squared: float  # of the distances of the matched, summed
+
+    @property
+    def precision(self) -> float:
+        return self.matched / self.found if self.found else math.nan
+
+    @property
+    def recall(self) -> float:
+        return self.matched / self.true if self.true else math.nan
+
+    @property
+    def rmse(self) -> float:
+        return math.sqrt(self.squared / self.matched) if self.matched else math.nan
+
+
+class Result(NamedTuple):
+    """All that the page shows."""
+
+    plan: Plan
+    data: Data
+    seed: int
+    training: Checkpoint
+    parameters: int
+    grid: Tensor  # [B, C, D, H, W] wave grids of the test molecules
+    output: Tensor  # what the autoencoder made of them
+    truth: Atoms
+    found: Atoms  # in `output`
+    scores: dict[str, dict[str, list[Score]]]  # representation -> condition -> one a channel, and all
+    residual: list[float]  # [C] mean squared error of the test molecules over the grids' variance
+    speed: dict[str, float]  # molecules a second
+    seconds: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    args = _parser().parse_args(argv)
+    checkpoint = args.out / "checkpoint.pt"
+    try:
+        result = run(args.input, args.out, QUICK if args.quick else STANDARD, seed=args.seed, restart=args.restart)
+    except KeyboardInterrupt as stop:
+        again = " ".join(["fastnuggets demo", *(sys.argv[2:] if argv is None else argv)])
+        kept = f"{checkpoint} is kept" if isinstance(stop, Interrupted) else "finished conformers are kept"
+        print(f"\nfastnuggets: interrupted; {kept}. To go on: {again.replace(' --fresh', '')}", file=sys.stderr)
+        return 130
+    from fastnuggets import report
+
+    page = report.write(result, args.out)
+    print(f"{page}: open it in a browser ({sum(result.seconds.values()):.0f} s)")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastnuggets demo",
+        description="Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it "
+        "returns. Writes OUT/report.html, a page that needs no network.",
+        epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
+    )
+    parser.add_argument("--input", type=Path, metavar="FILE", help=".sdf .smi .csv .parquet (default: NCI, from RDKit)")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")
+    parser.add_argument("--quick", action="store_true", help="fewer molecules and steps: under a minute")
+    parser.add_argument("--seed", type=int, default=0, help="of conformers, split, poses and weights (default 0)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--resume", dest="restart", action="store_false", help="go on from the checkpoint, or fail if it cannot be"
+    )
+    how.add_argument("--fresh", dest="restart", action="store_true", help="train again from the beginning")
+    parser.set_defaults(restart=None)
+    return parser
+
+
+def run(source: Path | None, out: Path, plan: Plan, *, seed: int = 0, restart: bool | None = None) -> Result:
+    """The demo without its page.
+
+    ``restart``: True trains anew, False goes on from the checkpoint or raises ValueError, None does what fits.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable, *args: object, **options: object):  # type: ignore[no-untyped-def]
+        print(f"{name} ...", file=sys.stderr)
+        began = time.perf_counter()
+        result = function(*args, **options)
+        seconds[name] = time.perf_counter() - began
+        return result
+
+    data = timed("conformers", load, source or _nci(), out / "conformers", plan, seed)
+    model, training = timed("training", train, data.train, plan, seed, out / "checkpoint.pt", restart)
+    return timed("measuring", _measure, model, data, plan, seed, training, seconds)
+
+
+def _nci() -> Path:
+    return Path(need("rdkit.RDConfig").RDDataDir) / "NCI" / "first_5K.smi"
+
+
+def load(source: Path, cache: Path, plan: Plan, seed: int) -> Data:
+    """Molecules that fit the box, each once, with one conformer; split at random. ValueError if too few are left."""
+    total = min(count_records(source), plan.records or sys.maxsize)
+    left_out: Counter[str] = Counter()
+    seen: set[str] = set()
+
+    def wanted():  # type: ignore[no-untyped-def]
+        for record in read(source):
+            if record.index > total:
+                return
+            reason = _unwanted(record, seen)
+            seen.add(record.smiles)
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield record
+
+    known = len(list(cache.glob("*/*.parquet")))
+    began = time.perf_counter()
+    embedded = list(conformers(wanted(), optimize=False, seed=seed, cache=cache, progress=True, total=total))
+    seconds = time.perf_counter() - began
+    left_out["no conformer"] = sum(conformer.error is not None for conformer in embedded)
+    heavy = Molecules.from_conformers(embedded).keep(ELEMENTS)
+    centered = heavy.coords - heavy.center().repeat_interleave(heavy.ptr.diff(), 0)
+    heavy = Molecules(centered, heavy.numbers, heavy.ptr, heavy.names, heavy.smiles)
+    owner = torch.arange(len(heavy)).repeat_interleave(heavy.ptr.diff())
+    radius = torch.zeros(len(heavy)).scatter_reduce(0, owner, centered.norm(dim=1), "amax")
+    fits = (radius <= min(LARGEST, (plan.shape * SPACING / 2 - 1))).nonzero().flatten()
+    left_out["too large for the box"] = len(heavy) - len(fits)
+    if len(fits) < 2 * plan.tested:
+        raise ValueError(f"{source}: {len(fits)} molecules are left, {2 * plan.tested} are needed ({dict(left_out)})")
+    order = fits[torch.randperm(len(fits), generator=torch.Generator().manual_seed(seed))]
+    train_set, test_set = heavy[order[plan.tested :]], heavy[order[: plan.tested]]
+    return Data(train_set, test_set, total, +left_out, None if known else len(embedded) / seconds)
+
+
+def _unwanted(record, seen: set[str]) -> str | None:  # type: ignore[no-untyped-def]
+    if record.error:
+        return "cannot be read"
+    if record.smiles in seen:
+        return "seen before"
+    if "." in record.smiles:
+        return "more than one part"
+    symbols = [atom.GetSymbol() for atom in record.mol.GetAtoms()]
+    if any(symbol not in (*ELEMENTS, "H") for symbol in symbols):
+        return "another element"
+    heavy = sum(symbol != "H" for symbol in symbols)
+    return f"fewer than {SMALLEST} heavy atoms" if heavy < SMALLEST else None
+
+
+def random_rotations(count: int, generator: torch.Generator) -> Tensor:
+    """[count, 3, 3], uniform over all rotations: from unit quaternions (Shoemake, Graphics Gems III, 1992)."""
+    q = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=1)
+    w, (x, y, z) = q[:, 0], q[:, 1:].unbind(1)
+    zero = torch.zeros_like(w)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
+    return torch.eye(3) + 2 * (w.view(-1, 1, 1) * cross + cross @ cross)
+
+
+def channels(molecules: Molecules) -> Tensor:
+    """Channel of each atom, [N] int64: the place in CHANNELS."""
+    return molecules.channels(ELEMENTS).clamp(max=len(CHANNELS) - 1)
+
+
+def draw(
+    molecules: Molecules, representation: Representation, shape: int, pose: dict[str, Tensor], out: Tensor | None = None
+) -> Tensor:
+    """[B, C, D, H, W] float32. ``pose``: the rotation and translation of each molecule."""
+    return voxelize(
+        molecules.coords,
+        channels(molecules),
+        molecules.ptr,
+        shape=shape,
+        spacing=SPACING,
+        num_channels=len(CHANNELS),
+        density=representation.density,
+        sigma=representation.sigma,
+        omega=representation.omega,
+        out=out,
+        **pose,
+    )
+
+
+def random_pose(count: int, generator: torch.Generator, shift: float) -> dict[str, Tensor]:
+    translation = shift * (2 * torch.rand(count, 3, generator=generator) - 1)
+    return {"rotation": random_rotations(count, generator), "translation": translation}
+
+
+def train(
+    molecules: Molecules, plan: Plan, seed: int, path: Path, restart: bool | None
+) -> tuple[WaveAutoencoder, Checkpoint]:
+    """The autoencoder, trained on random poses of the molecules, and its last checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = molecules[:512]
+    spread = draw(sample, WAVE, plan.shape, random_pose(len(sample), generator, SPACING)).std((0, 2, 3, 4))
+    # A channel that no molecule of the sample has would divide by zero.
+    scale = spread.clamp(min=0.1 * spread.max().item()) ** SCALE_POWER
+    torch.manual_seed(seed)
+    model = WaveAutoencoder(
+        len(CHANNELS), width=plan.width, latent=plan.latent, blocks=plan.blocks, scale=scale.tolist()
+    )
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed((seed << 32) + step)
+        batch = molecules[torch.randint(len(molecules), (plan.batch,), generator=generator)]
+        grid = draw(batch, WAVE, plan.crop, random_pose(plan.batch, generator, 1.0))
+        return channel_loss(model(grid), grid, model.scale)
+
+    settings = {**plan._asdict(), "seed": seed, "molecules": len(molecules), "atoms": len(molecules.numbers)}
+    if restart or (restart is None and not _continues(path, settings)):
+        path.unlink(missing_ok=True)
+    elif restart is False and not path.exists():
+        raise ValueError(f"{path}: there is no checkpoint to resume from")
+    checkpoint = fit(
+        model,
+        loss,
+        torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4),
+        steps=plan.steps,
+        schedule=lambda step: min(1.0, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / plan.steps)),
+        checkpoint=path,
+        settings=settings,
+    )
+    return model.eval(), checkpoint
+
+
+def _continues(path: Path, settings: dict) -> bool:
+    found = load_checkpoint(path)
+    if found is None:
+        return False
+    if found.settings != settings:
+        print(f"{path} is of other settings: training from the beginning", file=sys.stderr)
+        return False
+    print(f"going on from {path}: {found.step} of {settings['steps']} steps are done", file=sys.stderr)
+    return True
+
+
+@torch.no_grad()
+def _measure(
+    model: WaveAutoencoder, data: Data, plan: Plan, seed: int, training: Checkpoint, seconds: dict[str, float]
+) -> Result:
+    test, generator = data.test, torch.Generator().manual_seed(seed + 1)
+    pose = random_pose(len(test), generator, SPACING / 2)
+    truth = _truth(test, pose)
+    scores: dict[str, dict[str, list[Score]]] = {}
+    speed = {"training": plan.batch * training.step / training.seconds}
+    if data.conformers_per_second:
+        speed["conformers"] = data.conformers_per_second
+    for representation in REPRESENTATIONS:
+        grid = draw(test, representation, plan.shape, pose)
+        speed[f"voxelize, {representation.name}"] = _rate(
+            lambda out=grid, how=representation: draw(test, how, plan.shape, pose, out), len(test)
+        )
+        scores[representation.name] = {}
+        for level in NOISE:
+            noisy = grid + level * torch.randn(grid.shape, generator=generator)
+            began = time.perf_counter()
+            found = recover(noisy, representation)
+            if level == 0.1:
+                speed[f"find atoms, {representation.name}"] = len(test) / (time.perf_counter() - began)
+            scores[representation.name][f"{level:.0%} noise" if level else "clean"] = compare(found, truth)
+    output = reconstruct(model, grid)
+    # What the network does not give back is what find_atoms must take for noise; known molecules tell how much.
+    known = data.train[: plan.tested]
+    known_grid = draw(known, WAVE, plan.shape, random_pose(len(known), generator, SPACING / 2))
+    found = recover(output, WAVE, _error(reconstruct(model, known_grid), known_grid))
+    scores[WAVE.name]["autoencoder"] = compare(found, truth)
+    speed["autoencoder, forward"] = _rate(lambda: reconstruct(model, grid), len(test))
+    return Result(
+        plan,
+        data,
+        seed,
+        training,
+        sum(parameter.numel() for parameter in model.parameters()),
+        grid,
+        output,
+        truth,
+        found,
+        scores,
+        ((output - grid).square().mean((0, 2, 3, 4)) / grid.square().mean((0, 2, 3, 4)).clamp(min=1e-12)).tolist(),
+        speed,
+        seconds,
+    )
+
+
+def reconstruct(model: WaveAutoencoder, grid: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in grid.split(16)])
+
+
+def _error(output: Tensor, grid: Tensor) -> Tensor:
+    """[C] rms error of the voxels where there is something to see."""
+    seen = grid.abs() > 0.05
+    error = torch.where(seen, output - grid, 0.0).square().sum((0, 2, 3, 4))
+    return (error / seen.sum((0, 2, 3, 4)).clamp(min=1)).sqrt()
+
+
+def _rate(function: Callable[[], object], count: int, least: float = 0.5) -> float:
+    """Items a second, from at least `least` seconds of calls after a first one."""
+    function()
+    calls, began = 0, time.perf_counter()
+    while time.perf_counter() - began < least:
+        function()
+        calls += 1
+    return calls * count / (time.perf_counter() - began)
+
+
+def _truth(molecules: Molecules, pose: dict[str, Tensor]) -> Atoms:
+    """The atoms as they stand in the box, sorted as find_atoms sorts them."""
+    owner = torch.arange(len(molecules)).repeat_interleave(molecules.ptr.diff())
+    positions = (pose["rotation"][owner] @ molecules.coords[:, :, None]).squeeze(2) + pose["translation"][owner]
+    return _atoms(positions, channels(molecules), owner, len(molecules))
+
+
+def _atoms(positions: Tensor, channel: Tensor, owner: Tensor, count: int) -> Atoms:
+    order = (owner * len(CHANNELS) + channel).argsort(stable=True)
+    ptr = torch.searchsorted(owner[order], torch.arange(count + 1))
+    return Atoms(positions[order], channel[order], torch.ones(len(order)), ptr, torch.zeros(count, len(CHANNELS)))
+
+
+def recover(grid: Tensor, representation: Representation, noise: Tensor | None = None) -> Atoms:
+    """The atoms a grid shows; of a one-hot grid, which has no kernel to undo, the centres of voxels above one half."""
+    if representation.sigma is not None:
+        return find_atoms(
+            grid, sigma=representation.sigma, omega=representation.omega or 0.0, spacing=SPACING, noise=noise
+        )
+    molecule, channel, *index = (grid > 0.5).nonzero().unbind(1)
+    middle = (torch.tensor(grid.shape[2:]) - 1) / 2
+    return _atoms((torch.stack(index, 1) - middle) * SPACING, channel, molecule, len(grid))
+
+
+def match(found: Atoms, truth: Atoms) -> tuple[Tensor, Tensor]:
+    """For each found atom the true atom of its molecule and channel it stands for, or -1; and their distance [M].
+
+    Pairs nearer than GATE, the nearest first, each atom once.
+    """
+    partner = torch.full((len(found.positions),), -1)
+    distance = torch.full((len(found.positions),), math.nan)
+    taken: set[int] = set()
+    for one, other, apart in _pairs(found, truth):
+        if partner[one] < 0 and other not in taken:
+            partner[one], distance[one] = other, apart
+            taken.add(other)
+    return partner, distance
+
+
+def _pairs(found: Atoms, truth: Atoms) -> list[tuple[int, int, float]]:
+    pairs = []
+    for b in range(len(truth.ptr) - 1):
+        (f0, f1), (t0, t1) = found.ptr[b : b + 2].tolist(), truth.ptr[b : b + 2].tolist()
+        apart = torch.cdist(found.positions[f0:f1], truth.positions[t0:t1])
+        near = (apart < GATE) & (found.channels[f0:f1, None] == truth.channels[t0:t1])
+        pairs += [(f0 + i, t0 + j, apart[i, j].item()) for i, j in near.nonzero().tolist()]
+    return sorted(pairs, key=lambda pair: pair[2])
+
+
+def compare(found: Atoms, truth: Atoms) -> list[Score]:
+    """One score a channel, and one of all atoms."""
+    partner, distance = match(found, truth)
+    scores = []
+    for channel in range(len(CHANNELS)):
+        own = found.channels == channel
+        matched = own & (partner >= 0)
+        scores.append(
+            Score(
+                int((truth.channels == channel).sum()),
+                int(own.sum()),
+                int(matched.sum()),
+                distance[matched].double().square().sum().item(),
+            )
+        )
+    return [*scores, Score(*(sum(values) for values in zip(*scores, strict=True)))]  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,477 @@
+"""The page of the demo: one HTML file with its pictures, its data and its viewer inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastnuggets import __version__
+from fastnuggets.demo import CHANNELS, GATE, REPRESENTATIONS, SPACING, WAVE, Result, Score, draw, match
+from fastnuggets.molecules.files import need
+from fastnuggets.page import PAGE
+
+COLORS = ("#6f7b8b", "#3366e6", "#e5484d", "#e2a400", "#2ba35a")  # of CHANNELS
+POSITIVE, NEGATIVE = "#1d7f8c", "#e07a3f"
+SERIES = {"one-hot": "#8b8d98", "Gaussian, narrow": "#c98a2b", "Gaussian, wide": "#b0568f", "wave": "#2f6fed"}
+CORE, HULL = 0.35, -0.30  # levels of the surfaces, of an atom's peak
+BOND = {"C": 0.76, "N": 0.71, "O": 0.66, "S": 1.05, "halogen": 1.1}  # covalent radii, angstrom; the halogens' between Cl and Br
+INK = "#010203"  # replaced by the text colour of the page
+
+
+class Mesh(NamedTuple):
+    """Triangles of one or several surfaces."""
+
+    points: np.ndarray  # [n, 3] angstrom
+    faces: np.ndarray  # [m, 3]
+    kind: np.ndarray  # [m] channel, or -1 for the hull
+
+
+class Shown(NamedTuple):
+    """One molecule of the page, turned so that it lies flat."""
+
+    name: str
+    smiles: str
+    axes: np.ndarray  # [3, 3] rows: the directions shown to the right, up and towards the reader
+    truth: np.ndarray  # [n, 3]
+    truth_channels: np.ndarray
+    found: np.ndarray  # [m, 3]
+    found_channels: np.ndarray
+    right: np.ndarray  # [m] bool
+    missed: np.ndarray  # [n] bool
+    before: Mesh
+    after: Mesh
+
+
+def write(result: Result, out: Path) -> Path:
+    """Writes report.html and preview.png to the folder `out`; returns the page's path."""
+    shown = [_shown(result, index) for index in _chosen(result)]
+    every = result.scores[WAVE.name]["autoencoder"][-1]
+    plan = result.plan
+    latent = plan.latent * (plan.shape // 4) ** 3
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in result.data.left_out.items())
+    page = Template(PAGE).substitute(
+        viewer=json.dumps([_viewer(molecule) for molecule in shown], separators=(",", ":")).replace("<", "\\u003c"),
+        colors=json.dumps(COLORS),
+        legend=_legend(),
+        recall=f"{every.recall:.1%}",
+        precision=f"{every.precision:.1%}",
+        rmse=f"{every.rmse:.2f} Å",
+        smaller=f"{len(CHANNELS) * plan.shape**3 / latent:.1f}×",
+        matched=f"{every.matched:,}",
+        true=f"{every.true:,}",
+        found=f"{every.found:,}",
+        tested=len(result.data.test),
+        gate=f"{GATE:g}",
+        gallery=_image(_gallery(shown), "Molecules as wave surfaces before and after the autoencoder"),
+        slices=_image(_slices(result, shown[0]), "Slices through one molecule in four representations"),
+        noise_chart=_noise_chart(result),
+        loss_chart=_loss_chart(result),
+        element_table=_element_table(result),
+        condition_table=_condition_table(result),
+        details=_details(result),
+        residual=", ".join(f"{name} {value:.2f}" for name, value in zip(CHANNELS, result.residual, strict=True)),
+        speed_table=_speed_table(result),
+        train_molecules=f"{len(result.data.train):,}",
+        read=f"{result.data.read:,}",
+        left_out=left_out or "none",
+        steps=f"{result.training.step:,}",
+        batch=plan.batch,
+        crop=plan.crop,
+        shape=plan.shape,
+        edge=f"{plan.shape * SPACING:g}",
+        latent=f"{latent:,}",
+        latent_cell=f"{plan.latent} × {plan.shape // 4}³",
+        voxels=f"{len(CHANNELS) * plan.shape**3:,}",
+        parameters=f"{result.parameters:,}",
+        training_time=_duration(result.training.seconds),
+        total_time=_duration(sum(result.seconds.values())),
+        stages=", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()),
+        seed=result.seed,
+        sigma=f"{WAVE.sigma:g}",
+        omega=f"{WAVE.omega:g}",
+        machine=html.escape(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        versions=html.escape(f"fastnuggets {__version__}, torch {torch.__version__}"),
+    )
+    (out / "preview.png").write_bytes(_preview(result, shown[0]))
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _chosen(result: Result) -> list[int]:
+    """Test molecules worth a look: of many kinds of atoms and middling size, in an order that ignores the outcome."""
+    ptr, kinds = result.truth.ptr.tolist(), result.truth.channels
+    worth = []
+    for index in range(len(ptr) - 1):
+        own = kinds[ptr[index] : ptr[index + 1]]
+        worth.append((len(own.unique()), -abs(len(own) - 18), index))
+    return [index for *_, index in sorted(worth, reverse=True)[: result.plan.shown]]
+
+
+def _shown(result: Result, index: int) -> Shown:
+    truth, found = result.truth, result.found
+    partner, _ = match(found, truth)
+    (t0, t1), (f0, f1) = truth.ptr[index : index + 2].tolist(), found.ptr[index : index + 2].tolist()
+    missed = torch.ones(len(truth.positions), dtype=torch.bool)
+    missed[partner[partner >= 0]] = False
+    positions = truth.positions[t0:t1]
+    flat = torch.linalg.svd(positions - positions.mean(0)).Vh
+    axes = flat * torch.tensor([1.0, 1.0, torch.linalg.det(flat).sign().item()])[:, None]
+    return Shown(
+        result.data.test.names[index],
+        result.data.test.smiles[index],
+        axes.numpy(),
+        positions.numpy(),
+        truth.channels[t0:t1].numpy(),
+        found.positions[f0:f1].numpy(),
+        found.channels[f0:f1].numpy(),
+        (partner[f0:f1] >= 0).numpy(),
+        missed[t0:t1].numpy(),
+        _surfaces(result.grid[index]),
+        _surfaces(result.output[index]),
+    )
+
+
+def _surfaces(grid: Tensor) -> Mesh:
+    """Of one molecule [C, D, H, W]: the crests of each channel, and the hull of the troughs of all together."""
+    parts = [_surface(_finer(channel), CORE, SPACING / 2, kind) for kind, channel in enumerate(grid)]
+    parts.append(_surface(grid.amin(0), HULL, SPACING, -1))
+    offsets = np.cumsum([0, *(len(part.points) for part in parts[:-1])])
+    return Mesh(
+        np.concatenate([part.points for part in parts]),
+        np.concatenate([part.faces + offset for part, offset in zip(parts, offsets, strict=True)]),
+        np.concatenate([part.kind for part in parts]),
+    )
+
+
+def _surface(volume: Tensor, level: float, spacing: float, kind: int) -> Mesh:
+    values = volume.numpy()
+    if not values.min() < level < values.max():
+        return Mesh(np.empty((0, 3)), np.empty((0, 3), np.int64), np.empty(0, np.int64))
+    marching_cubes = need("skimage.measure").marching_cubes
+    points, faces, *_ = marching_cubes(values, level, gradient_direction="descent" if level > 0 else "ascent")
+    middle = (np.array(volume.shape) - 1) / 2
+    return Mesh((points - middle) * spacing, faces.astype(np.int64), np.full(len(faces), kind))
+
+
+def _finer(volume: Tensor) -> Tensor:
+    """[D, H, W] at half the spacing, about the same middle: waves are band-limited, so their spectrum has it all."""
+    n = torch.tensor(volume.shape)
+    spectrum = torch.fft.fftshift(torch.fft.fftn(volume))
+    for axis, size in enumerate(n.tolist()):
+        # The first fine voxel lies a quarter of a coarse one further out.
+        phase = torch.exp(-2j * math.pi * 0.25 * (torch.arange(size) - size // 2) / size)
+        spectrum = spectrum * phase.view([-1 if a == axis else 1 for a in range(3)])
+    pad = [int(size) // 2 for size in n.flip(0) for _ in range(2)]
+    return torch.fft.ifftn(torch.fft.ifftshift(torch.nn.functional.pad(spectrum, pad))).real * 8
+
+
+def _bonds(positions: np.ndarray, kinds: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs as near as a bond."""
+    radius = np.array([BOND[CHANNELS[kind]] for kind in kinds])
+    apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    near = (apart < 1.2 * (radius[:, None] + radius[None])) & (apart > 0)
+    return [(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(near)), strict=True)]
+
+
+def _viewer(molecule: Shown) -> dict[str, Any]:
+    def side(positions: np.ndarray, kinds: np.ndarray, good: np.ndarray, mesh: Mesh) -> dict[str, Any]:
+        return {
+            "atoms": [
+                [*(round(float(value), 3) for value in place), int(kind), int(right)]
+                for place, kind, right in zip(positions @ molecule.axes.T, kinds, good, strict=True)
+            ],
+            "bonds": _bonds(positions, kinds),
+            "points": _packed(mesh.points @ molecule.axes.T * 1000, np.int16),
+            "faces": _packed(mesh.faces, np.uint16),
+            "kinds": _packed(mesh.kind, np.int8),
+        }
+
+    before = side(molecule.truth, molecule.truth_channels, ~molecule.missed, molecule.before)
+    after = side(molecule.found, molecule.found_channels, molecule.right, molecule.after)
+    after["missed"] = [atom[:4] for atom in before["atoms"] if not atom[4]]
+    return {"name": molecule.name, "smiles": molecule.smiles, "before": before, "after": after}
+
+
+def _packed(values: np.ndarray, kind: type) -> str:
+    limits = np.iinfo(kind)
+    if len(values) and not limits.min <= values.min() <= values.max() <= limits.max:
+        raise ValueError(f"a surface of {len(values)} numbers is too large for the viewer")
+    return base64.b64encode(np.ascontiguousarray(values, f"<{np.dtype(kind).str[1:]}").tobytes()).decode()
+
+
+# Pictures
+
+
+def _pyplot() -> Any:
+    need("matplotlib").use("Agg")
+    return need("matplotlib.pyplot")
+
+
+def _png(figure: Any, dpi: int = 150, **options: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi, **{"transparent": True, **options})
+    _pyplot().close(figure)
+    return file.getvalue()
+
+
+def _image(png: bytes, alternative: str) -> str:
+    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _paint_mesh(axis: Any, mesh: Mesh, axes: np.ndarray, hull: float = 0.10) -> None:
+    """Triangles from back to front, lit from the upper left."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgb
+
+    corners = (mesh.points @ axes.T)[mesh.faces]  # [m, 3, 3]
+    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-12
+    light = np.array([-0.4, 0.55, 0.73])
+    shade = np.where(mesh.kind < 0, np.abs(normal @ light), np.clip(normal @ light, 0, 1))
+    palette = np.array([to_rgb(color) for color in (*COLORS, "#7fa7d9")])  # the last one, kind -1, is the hull
+    lit = palette[mesh.kind] * (0.45 + 0.55 * shade)[:, None] + 0.25 * (shade**12)[:, None]
+    # A hull seen edge-on is thick: that is what makes it look like glass.
+    alpha = np.where(mesh.kind < 0, hull + 0.35 * (1 - np.abs(normal[:, 2])) ** 2, 1.0)
+    colors = np.concatenate([np.clip(lit, 0, 1), alpha[:, None]], 1)
+    order = np.argsort(corners[:, :, 2].mean(1))
+    axis.add_collection(
+        PolyCollection(corners[order, :, :2], facecolors=colors[order], edgecolors="none", antialiased=False)
+    )
+    _frame(axis, mesh.points @ axes.T)
+
+
+def _paint_atoms(
+    axis: Any, positions: np.ndarray, kinds: np.ndarray, axes: np.ndarray, wrong: np.ndarray | None = None
+) -> None:
+    from matplotlib.patches import Circle
+
+    flat = positions @ axes.T
+    for i, j in _bonds(positions, kinds):
+        middle = (flat[i] + flat[j]) / 2
+        for end, kind in ((flat[i], kinds[i]), (flat[j], kinds[j])):
+            axis.plot(
+                *np.stack([end, middle])[:, :2].T, color=COLORS[kind], lw=5, zorder=end[2], solid_capstyle="round"
+            )
+    for index in np.argsort(flat[:, 2]):
+        x, y, z = flat[index]
+        for part in np.linspace(1, 0, 12):
+            color = _lighter(COLORS[kinds[index]], 0.85 * (1 - part) ** 1.5)
+            axis.add_patch(
+                Circle((x - 0.12 * (1 - part), y + 0.12 * (1 - part)), 0.42 * part + 0.02, color=color, zorder=z + 0.3)
+            )
+        if wrong is not None and wrong[index]:
+            axis.add_patch(Circle((x, y), 0.6, fill=False, edgecolor="#d6208b", lw=2, zorder=z + 1))
+    _frame(axis, flat)
+
+
+def _lighter(color: str, amount: float) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    return tuple(value + (1 - value) * amount for value in to_rgb(color))
+
+
+def _frame(axis: Any, points: np.ndarray) -> None:
+    axis.set_aspect("equal")
+    axis.axis("off")
+    if len(points):
+        half = np.abs(points[:, :2]).max() + 0.4
+        axis.set_xlim(-half, half)
+        axis.set_ylim(-half, half)
+
+
+def _gallery(shown: Sequence[Shown]) -> bytes:
+    figure, axes = _pyplot().subplots(2, len(shown), figsize=(2.5 * len(shown), 5.0), squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1, 0.02, 0.02)
+    for (above, below), molecule in zip(axes.T, shown, strict=True):
+        _paint_mesh(above, molecule.before, molecule.axes)
+        _paint_mesh(below, molecule.after, molecule.axes)
+        below.set_xlim(above.get_xlim())
+        below.set_ylim(above.get_ylim())
+    return _png(figure)
+
+
+def _signed(values: np.ndarray) -> np.ndarray:
+    """[H, W] -> RGBA: the colour is the sign and the opacity the size, so it lies on any background."""
+    from matplotlib.colors import to_rgb
+
+    colors = np.where((values > 0)[..., None], to_rgb(POSITIVE), to_rgb(NEGATIVE))
+    return np.concatenate([colors, np.clip(np.abs(values), 0, 1)[..., None] ** 0.8], -1)
+
+
+def _flat_slices(result: Result, molecule: Shown) -> list[np.ndarray]:
+    """The middle plane of the molecule in each representation, channels added."""
+    index = result.data.test.names.index(molecule.name)
+    one = result.data.test[index]
+    center = torch.from_numpy(molecule.truth.mean(0))
+    own_axes = torch.linalg.svd(one.coords - one.coords.mean(0)).Vh
+    turn = own_axes * torch.tensor([1.0, 1.0, torch.linalg.det(own_axes).sign().item()])[:, None]
+    pose = {"rotation": turn[None], "translation": torch.zeros(1, 3)}
+    del center
+    slices = []
+    for representation in REPRESENTATIONS:
+        grid = draw(one, representation, result.plan.shape, pose)[0].sum(0)
+        middle = result.plan.shape // 2
+        # One-hot voxels of a molecule that is not quite flat lie in several planes: show them all.
+        plane = grid.amax(2) if representation.density == "nearest" else grid[:, :, middle - 1 : middle + 1].mean(2)
+        slices.append(plane.T.numpy())
+    return slices
+
+
+def _slices(result: Result, molecule: Shown) -> bytes:
+    figure, axes = _pyplot().subplots(1, len(REPRESENTATIONS), figsize=(12, 3.05))
+    figure.subplots_adjust(0, 0, 1, 1, 0.03, 0)
+    for axis, plane in zip(axes, _flat_slices(result, molecule), strict=True):
+        axis.imshow(_signed(plane), origin="lower", interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set(color="#8888", linewidth=0.6)
+    return _png(figure)
+
+
+def _preview(result: Result, molecule: Shown) -> bytes:
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.9), facecolor="white")
+    figure.subplots_adjust(0.005, 0.01, 0.995, 0.86, 0.02, 0)
+    titles = ("a molecule", "its wave grid, as surfaces", "after the autoencoder", "atoms found in that")
+    _paint_atoms(axes[0], molecule.truth, molecule.truth_channels, molecule.axes)
+    _paint_mesh(axes[1], molecule.before, molecule.axes)
+    _paint_mesh(axes[2], molecule.after, molecule.axes)
+    _paint_atoms(axes[3], molecule.found, molecule.found_channels, molecule.axes, ~molecule.right)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_xlim(axes[1].get_xlim())
+        axis.set_ylim(axes[1].get_ylim())
+        axis.set_title(title, fontsize=14, color="#333", y=1.02)
+    return _png(figure, 110, transparent=False, facecolor="white")
+
+
+def _chart(width: float, height: float) -> tuple[Any, Any]:
+    pyplot = _pyplot()
+    pyplot.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "0"})
+    figure, axis = pyplot.subplots(figsize=(width, height))
+    axis.tick_params(colors=INK, length=0)
+    axis.grid(color=INK, alpha=0.12, linewidth=0.8)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return figure, axis
+
+
+def _svg(figure: Any, label: str) -> str:
+    file = io.StringIO()
+    figure.tight_layout(pad=0.3)
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    _pyplot().close(figure)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    text = text.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+    start, end = text.find("<metadata>"), text.find("</metadata>")
+    return text[:start] + text[end + len("</metadata>") :] if start >= 0 else text
+
+
+def _noise_chart(result: Result) -> str:
+    figure, axis = _chart(6.2, 3.2)
+    for name, scores in result.scores.items():
+        conditions = [condition for condition in scores if condition != "autoencoder"]
+        # Both must be good to be right: the harmonic mean of precision and recall.
+        values = [_f1(scores[condition][-1]) for condition in conditions]
+        axis.plot(range(len(conditions)), values, color=SERIES[name], marker="o", lw=2.2, ms=5, label=name)
+    axis.set_xticks(range(len(conditions)), conditions)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_ylabel("F1 of the atoms found", color=INK)
+    axis.legend(frameon=False, labelcolor=INK, loc="lower left")
+    return _svg(figure, "Share of atoms found against noise, for each representation")
+
+
+def _f1(score: Score) -> float:
+    return 2 * score.matched / (score.true + score.found) if score.true + score.found else math.nan
+
+
+def _loss_chart(result: Result) -> str:
+    figure, axis = _chart(6.2, 3.2)
+    losses = np.array(result.training.losses)
+    axis.plot(losses, color=SERIES["wave"], alpha=0.25, lw=0.8)
+    width = max(1, len(losses) // 40)
+    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    axis.plot(np.arange(len(smooth)) + width - 1, smooth, color=SERIES["wave"], lw=2.2)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(which="minor", colors=INK, length=0)
+    axis.set_xlabel("step", color=INK)
+    axis.set_ylabel("loss", color=INK)
+    return _svg(figure, "Loss of each training step")
+
+
+# Tables
+
+
+def _legend() -> str:
+    items = (f'<span><i style="background:{color}"></i>{name}</span>' for name, color in zip(CHANNELS, COLORS, strict=True))
+    return "".join(items)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f'<b class="bar" style="--v:{value:.3f}">{100 * value:.1f}</b>'
+
+
+def _length(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _element_table(result: Result) -> str:
+    scores = result.scores[WAVE.name]["autoencoder"]
+    rows = [
+        [name, str(s.true), str(s.found), str(s.matched), _share(s.precision), _share(s.recall), _length(s.rmse)]
+        for name, s in zip((*CHANNELS, "all"), scores, strict=True)
+    ]
+    return _table(["", "true", "found", "right", "precision %", "recall %", "rmse Å"], rows)
+
+
+def _condition_table(result: Result) -> str:
+    rows = []
+    for name, conditions in result.scores.items():
+        for condition, scores in conditions.items():
+            s = scores[-1]
+            rows.append([f"{name}, {condition}", _share(s.precision), _share(s.recall), _length(s.rmse)])
+    return _table(["all elements", "precision %", "recall %", "rmse Å"], rows)
+
+
+def _details(result: Result) -> str:
+    rows = []
+    for name, conditions in result.scores.items():
+        for condition, scores in conditions.items():
+            cells = [
+                "–" if not s.true else f"{100 * s.precision:.0f} / {100 * s.recall:.0f} / {s.rmse:.2f}".replace("nan", "–")
+                for s in scores[:-1]
+            ]
+            rows.append([f"{name}, {condition}", *cells])
+    true = [s.true for s in result.scores[WAVE.name]["clean"][:-1]]
+    return _table(["", *(f"{name} ({count})" for name, count in zip(CHANNELS, true, strict=True))], rows)
+
+
+def _speed_table(result: Result) -> str:
+    rows = [[name, f"{value:,.0f}", f"{1000 / value:.2f}"] for name, value in result.speed.items()]
+    return _table(["", "molecules / s", "ms a molecule"], rows)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
