@@ -76,7 +76,7 @@ def render(rows):
 
 
 def write(readme, table, compiler):
-    text = readme.read_text()
+    text = readme.read_text() if readme.exists() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         sys.exit(f"{readme}: expected the lines {BEGIN} and {END} once each")
     before, rest = text.split(BEGIN)
