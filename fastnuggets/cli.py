@@ -483,7 +483,9 @@ def _atoms(grids: Grids, args: argparse.Namespace) -> Iterator[tuple[str, str, l
     size = _batch_size(4 * info.bytes_per_molecule())
     for first in range(0, len(grids), size):
         batch = torch.from_numpy(grids[first : first + size]).to(args.device, torch.float32)
-        found = find_atoms(batch, sigma=info.sigma, omega=info.omega or 0.0, spacing=info.spacing, noise=args.noise)
+        found = find_atoms(
+            batch, sigma=info.sigma or 0.0, omega=info.omega or 0.0, spacing=info.spacing, noise=args.noise
+        )
         ptr, channels, positions = found.ptr.tolist(), found.channels.cpu(), found.positions.cpu().numpy()
         for i in range(len(batch)):
             own = slice(ptr[i], ptr[i + 1])

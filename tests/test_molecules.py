@@ -3,6 +3,7 @@
 import errno
 import gzip
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -327,6 +328,18 @@ def test_molecules_with_coordinates_keep_them(tmp_path):
     assert (solid.numbers == 1).sum() == 6
     assert flat.error is None
     assert np.ptp(flat.coords[:, 2]) > 0.1
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_the_fragments_of_a_salt_do_not_overlap(tmp_path, optimize):
+    path = tmp_path / "x.smi"
+    path.write_text("CSC(=N)N.O=S(=O)(O)O\nNN.OB1OB(OB2OB(O)O2)O1\n[Na+].[Cl-]\nCC.CC.CC\n")
+    for record, conformer in zip(
+        fm.read(path), fm.conformers(fm.read(path), processes=0, optimize=optimize), strict=True
+    ):
+        parts = [list(part) for part in Chem.GetMolFrags(Chem.AddHs(Chem.MolFromSmiles(record.smiles)))]
+        for first, second in itertools.combinations([torch.from_numpy(conformer.coords[part]) for part in parts], 2):
+            assert torch.cdist(first, second).min() > 1.5  # the length of a hydrogen bond; RDKit alone gives 0.0 to 0.6
 
 
 def test_what_cannot_be_embedded_is_named(tmp_path):

@@ -10,7 +10,11 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
+
+_GAP = 3.0  # angstrom between the fragments of a salt, about two van der Waals radii
 
 Task = tuple[str, int, bool, float]  # SMILES, seed, optimize, seconds allowed
 Result = tuple[bytes, bytes, str, bool]  # numbers [n] uint8, coords [n, 3] float32, reason of failure, final
@@ -41,8 +45,9 @@ def embed(smiles: str, seed: int, optimize: bool, timeout: float) -> Result:
                     if time.monotonic() - start >= timeout:
                         return b"", b"", f"no conformer within {timeout:g} s", False
                     return b"", b"", "RDKit finds no conformer", True
+            _set_apart(mol.GetConformer(), Chem.GetMolFrags(mol))
             if optimize and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-                rdForceFieldHelpers.MMFFOptimizeMolecule(mol)
+                rdForceFieldHelpers.MMFFOptimizeMolecule(mol, ignoreInterfragInteractions=False)
             numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], np.uint8)
             coords = mol.GetConformer().GetPositions().astype(np.float32)
         except Exception as error:
@@ -51,6 +56,14 @@ def embed(smiles: str, seed: int, optimize: bool, timeout: float) -> Result:
     if not np.isfinite(coords).all():
         return b"", b"", "RDKit's coordinates are not finite", True
     return numbers.tobytes(), coords.tobytes(), "", True
+
+
+def _set_apart(conformer: Any, fragments: Sequence[Sequence[int]]) -> None:
+    """Line up the fragments of a salt along x: RDKit embeds each about the origin, one inside the other."""
+    positions = conformer.GetPositions()
+    for before, fragment in pairwise(map(list, fragments)):
+        positions[fragment, 0] += positions[before, 0].max() + _GAP - positions[fragment, 0].min()
+    conformer.SetPositions(positions)
 
 
 def serve() -> None:

@@ -52,10 +52,10 @@ def conformers(
     """One conformer for each record, in order and in constant memory.
 
     A record with 3-D coordinates keeps them, atoms as in its file. Any other is embedded from its canonical SMILES by
-    ETKDGv3, all hydrogens added, and relaxed by MMFF94 if ``optimize`` and the force field knows its atoms. The random
-    seed comes from ``seed`` and the SMILES: the result depends neither on the order nor on the number of processes,
-    only on the RDKit version. Broken records pass through; a molecule that RDKit cannot embed, that takes longer than
-    ``timeout`` seconds, or on which its worker dies has ``error`` set.
+    ETKDGv3, all hydrogens added, the fragments of a salt side by side, and relaxed by MMFF94 if ``optimize`` and the
+    force field knows its atoms. The random seed comes from ``seed`` and the SMILES: the result depends neither on the
+    order nor on the number of processes, only on the RDKit version. Broken records pass through; a molecule that RDKit
+    cannot embed, that takes longer than ``timeout`` seconds, or on which its worker dies has ``error`` set.
 
     ``processes``: workers; None: one for each core, 0: in this process. They need no ``__main__`` guard and end with
     the iterator, by exhaustion, close() or an exception such as KeyboardInterrupt. ``cache``: a folder where each
@@ -274,7 +274,7 @@ class _Cache:
     def __init__(self, folder: Path, optimize: bool, seed: int) -> None:
         need("pyarrow.parquet")
         self.folder = folder
-        self.key = ["1", need("rdkit").__version__, "ETKDGv3", optimize, seed]
+        self.key = ["1", need("rdkit").__version__, "ETKDGv3, fragments apart", optimize, seed]
 
     def _path(self, smiles: list[str]) -> Path:
         digest = hashlib.sha256(json.dumps([self.key, smiles]).encode()).hexdigest()
