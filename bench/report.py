@@ -69,23 +69,24 @@ def right(row: Row) -> bool:
 
 
 def gates(demands: list[Gate], rows: list[Row], threads: list[int]) -> list[Row]:
-    """Each gate with the ratios measured and, for each number of threads, whether it is reached."""
+    """Each gate with what was measured and, for each number of threads, whether it is reached."""
     by_name = {row["name"]: row for row in rows if "ms" in row}
     results = []
     for gate in demands:
-        top, bottom = by_name.get(gate.top), by_name.get(gate.bottom)
+        named = [by_name.get(name) for name in (gate.top, gate.bottom) if name is not None]
         result: Row = {"name": gate.name, "at_most": gate.at_most, "threads": {}}
         for count, must in zip((1, 2), gate.must, strict=True):
             if must is None or count not in threads:
                 continue
             cell: Row = {"must": must}
-            if top is None or bottom is None:
+            if None in named:
                 cell["verdict"] = "not measured"
-            elif not (right(top) and right(bottom)):
+            elif not all(map(right, named)):
                 cell["verdict"] = "wrong result"
             else:
-                cell["ratio"] = ratio = top["ms"][str(count)] / bottom["ms"][str(count)]
-                cell["verdict"] = "reached" if (ratio <= must if gate.at_most else ratio >= must) else "missed"
+                ms = [row["ms"][str(count)] for row in named]
+                cell["value"] = value = ms[0] / ms[1] if len(ms) == 2 else 1e3 / ms[0]
+                cell["verdict"] = "reached" if (value <= must if gate.at_most else value >= must) else "missed"
             result["threads"][str(count)] = cell
         results.append(result)
     return results
@@ -100,14 +101,14 @@ def markdown(result: dict[str, Any]) -> str:
     if result["quick"]:
         lines += ["", "**A quick run of 8 molecules: it shows that everything runs, its times mean nothing.**"]
     for group in result["groups"]:
-        lines += ["", f"### {group['title']}", "", *table(group, result["threads"])]
+        lines += ["", f"### {group['title']}", "", *table(group, result)]
         lines += ["", *gate_table(group["gates"])] if group["gates"] else []
     return "\n".join(lines) + "\n"
 
 
-def table(group: dict[str, Any], threads: list[int]) -> list[str]:
-    rows = {row["name"]: row for row in group["rows"]}
-    unit = [f"ms, {n} thread{'s' if n > 1 else ''}" for n in threads]
+def table(group: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    rows, threads = {row["name"]: row for row in group["rows"]}, result["threads"]
+    unit = ["ms"] if result["device"] == "cuda" else [f"ms, {n} thread{'s' if n > 1 else ''}" for n in threads]
     lines = _table_head(["", *unit, "ours is faster by", "largest error", "extra MB", ""])
     for row in rows.values():
         if "ms" not in row:
@@ -129,8 +130,8 @@ def gate_table(results: list[Row]) -> list[str]:
     lines = _table_head(["gate", "threads", "must", "measured", ""])
     for result in results:
         for count, cell in result["threads"].items():
-            must = f"{'<=' if result['at_most'] else '>='} {cell['must']:g}x"
-            measured = f"{cell['ratio']:.3g}x" if "ratio" in cell else ""
+            must = f"{'<=' if result['at_most'] else '>='} {cell['must']:g}"
+            measured = f"{cell['value']:.3g}" if "value" in cell else ""
             lines.append(f"| {result['name']} | {count} | {must} | {measured} | {cell['verdict']} |")
     return lines
 
@@ -151,22 +152,24 @@ def write(result: dict[str, Any], text: str, folder: str) -> list[Path]:
 
 
 def fill(path: str, result: dict[str, Any]) -> None:
-    """Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; NAME is a group, or gates.
+    """Replaces what stands between `<!-- bench NAME: begin -->` and `<!-- bench NAME: end -->`.
+
+    NAME is a group, or "gates" for the gates of all groups.
 
     Raises:
-        ValueError: the run was a quick one, or the file has no marker.
+        ValueError: the run was a quick one, or the file has no such marker.
     """
     if result["quick"]:
         raise ValueError("--readme: a quick run has no figures to print")
-    sections = {group["name"]: table(group, result["threads"]) for group in result["groups"]}
+    sections = {group["name"]: table(group, result) for group in result["groups"]}
     sections["gates"] = gate_table([gate for group in result["groups"] for gate in group["gates"]])
     head = markdown({**result, "groups": []})
-    text, count = re.subn(
-        r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)",
-        lambda m: m[1] + "\n".join([head, *sections[m[2]], ""]) + m[3] if m[2] in sections else m[0],
-        Path(path).read_text(),
-        flags=re.DOTALL,
-    )
-    if count == 0:
-        raise ValueError(f"--readme: {path} has no <!-- bench:NAME --> marker")
+    text = Path(path).read_text()
+    for name, lines in sections.items():
+        begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = "".join([before, begin, head, "\n", "\n".join(lines), "\n", end, rest.split(end)[1]])
+    if "<!-- bench " not in text:
+        raise ValueError(f"--readme: {path} has no <!-- bench NAME: begin --> marker")
     Path(path).write_text(text)
