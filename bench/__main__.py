@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--out", default="bench/results", help="folder of the .md and .json")
     parser.add_argument("--readme", nargs="+", default=[], metavar="FILE", help="put the tables between FILE's markers")
     options = parser.parse_args()
+    if options.quick and options.readme:
+        parser.error("--readme: a quick run has no figures to print")
     threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 

@@ -157,10 +157,8 @@ def fill(path: str, result: dict[str, Any]) -> None:
     NAME is a group, or "gates" for the gates of all groups.
 
     Raises:
-        ValueError: the run was a quick one, or the file has no such marker.
+        ValueError: the file has no such marker.
     """
-    if result["quick"]:
-        raise ValueError("--readme: a quick run has no figures to print")
     sections = {group["name"]: table(group, result) for group in result["groups"]}
     sections["gates"] = gate_table([gate for group in result["groups"] for gate in group["gates"]])
     head = markdown({**result, "groups": []})
