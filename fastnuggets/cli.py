@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -86,6 +87,8 @@ class _UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # zarr writes chunks side by side: the first that fails is raised, and asyncio would print the others' tracebacks.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         if arguments[:1] == ["demo"]:
             return int(importlib.import_module("fastnuggets.demo").main(arguments[1:]) or OK)

@@ -22,7 +22,7 @@ from fastnuggets.molecules import grids as grids_module
 rdkit = pytest.importorskip("rdkit")
 pytest.importorskip("pyarrow")
 
-from rdkit import Chem, RDConfig  # noqa: E402
+from rdkit import Chem, RDConfig, rdBase  # noqa: E402
 from rdkit.Chem import rdDistGeom  # noqa: E402
 
 NCI = Path(RDConfig.RDDataDir) / "NCI"
@@ -35,6 +35,11 @@ def smi(tmp_path):
     path = tmp_path / "some.smi"
     path.write_text("".join(f"{text} m{i}\n" for i, text in enumerate(SMILES)))
     return path
+
+
+def reason(text: str) -> str:
+    """What RDKit says of a broken record; before 2026.3 it does not hand over its messages."""
+    return text if hasattr(rdBase, "CaptureErrorLog") else "RDKit cannot read it"
 
 
 def block_3d(smiles: str, name: str) -> str:
@@ -151,9 +156,9 @@ def test_rubbish_among_smiles_is_counted_and_named(tmp_path, capfd):
     path.write_bytes("\n".join(lines).encode("latin-1"))
     records = list(fm.read(path))
     assert [record.index for record in records] == list(range(1, 301))
-    assert broken(records)[0] == (101, "rub", "unclosed ring for input: 'C1CC'")
-    assert broken(records)[1][:2] == (102, "bish")
-    assert "valence" in broken(records)[1][2]
+    assert broken(records)[0] == (101, "rub", reason("unclosed ring for input: 'C1CC'"))
+    valence = reason("Explicit valence for atom # 1 N, 5, is greater than permitted")
+    assert broken(records)[1] == (102, "bish", valence)
     assert broken(records)[2][:2] == (103, "record 103")
     assert len(good(records)) == 297
     assert fm.count_records(path) == 300
@@ -201,7 +206,7 @@ def test_a_corrupt_record_does_not_hide_its_neighbours(tmp_path, capfd):
     path.write_text("$$$$\n".join(parts) + "$$$$\n")
     records = list(fm.read(path))
     assert [record.error is None for record in records] == [True, False, False, True]
-    assert "Xx" in records[1].error
+    assert records[1].error == reason("Element 'Xx' not found")
     assert capfd.readouterr().err == ""
 
 
@@ -210,7 +215,7 @@ def test_tables_of_smiles_are_read_by_column(tmp_path):
     path.write_text('\ufeffid,"SMILES",split\nA,CCO,train\nB\n"C,1",c1ccccc1,test\nD,C1CC,test\n', encoding="utf-8")
     records = list(fm.read(path))
     assert [(r.index, r.name, r.smiles) for r in good(records)] == [(1, "A", "CCO"), (3, "C,1", "c1ccccc1")]
-    assert broken(records) == [(2, "B", "no SMILES"), (4, "D", "unclosed ring for input: 'C1CC'")]
+    assert broken(records) == [(2, "B", "no SMILES"), (4, "D", reason("unclosed ring for input: 'C1CC'"))]
     path.write_text("a;b\nCC;x\n")
     with pytest.raises(ValueError, match="no column is called smiles; name one of a, b"):
         list(fm.read(path))
@@ -346,7 +351,10 @@ def test_what_cannot_be_embedded_is_named(tmp_path):
     path = tmp_path / "x.smi"
     path.write_text("*CC dummy\nC1CC broken\nCC fine\n")
     records = list(fm.conformers(fm.read(path), processes=0))
-    assert broken(records) == [(1, "dummy", "it has a dummy atom"), (2, "broken", "unclosed ring for input: 'C1CC'")]
+    assert broken(records) == [
+        (1, "dummy", "it has a dummy atom"),
+        (2, "broken", reason("unclosed ring for input: 'C1CC'")),
+    ]
     assert [len(record.numbers) for record in records] == [0, 0, 8]
     assert len(fm.Molecules.from_conformers(records)) == 1
 
