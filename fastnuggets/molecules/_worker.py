@@ -51,11 +51,16 @@ def embed(smiles: str, seed: int, optimize: bool, timeout: float) -> Result:
             numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], np.uint8)
             coords = mol.GetConformer().GetPositions().astype(np.float32)
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            return b"", b"", reason[0][:200], not isinstance(error, MemoryError)
+            return b"", b"", in_one_line(error), not isinstance(error, MemoryError)
     if not np.isfinite(coords).all():
         return b"", b"", "RDKit's coordinates are not finite", True
     return numbers.tobytes(), coords.tobytes(), "", True
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says; RDKit's own go on for many lines, of which the second is the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2])[:200] or type(error).__name__
 
 
 def _set_apart(conformer: Any, fragments: Sequence[Sequence[int]]) -> None:

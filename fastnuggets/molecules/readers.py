@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastnuggets.molecules._worker import in_one_line
 from fastnuggets.molecules.batch import Molecules
 from fastnuggets.molecules.files import need
 from fastnuggets.molecules.table import iter_table, open_parquet
@@ -87,8 +88,7 @@ def _read(form: _Format, records: Iterator[tuple[str, Any]], damage: list[str], 
             with _rdkit_messages(messages):
                 smiles = smiles or chem.MolToSmiles(chem.RemoveHs(mol, sanitize=False))
         except (_BrokenError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            yield Record(index, name, "", None, reason[0][:200])
+            yield Record(index, name, "", None, in_one_line(error))
         else:
             yield Record(index, name, smiles, mol, None)
     if damage:
