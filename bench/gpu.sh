@@ -47,24 +47,24 @@ workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
 
 step build 150 "$python" setup.py build_ext --inplace || tail -n 30 "$out/build.log"
-step tests 170 "${pytest[@]}" "${workers[@]}" --durations=10 --ignore=tests/cuda_executor tests
+step tests 160 "${pytest[@]}" "${workers[@]}" --durations=10 --ignore=tests/cuda_executor tests
 tail -n 30 "$out/tests.log"
 
 small=("${pytest[@]}" -x tests/test_contract.py -k 'cuda and equals')
 # The caching allocator would turn a read past one tensor into a read of its neighbour.
 sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 86 --kernel-name kns=fastnuggets)
-if step probe 20 "${sanitize[@]}" "$python" -c 'import torch; torch.ones(1, device="cuda")'; then
+if step probe 15 "${sanitize[@]}" "$python" -c 'import torch; torch.ones(1, device="cuda")'; then
   for tool in memcheck racecheck; do
-    step $tool 50 "${sanitize[@]}" --tool $tool "${small[@]}"
+    step $tool 45 "${sanitize[@]}" --tool $tool "${small[@]}"
     tail -n 15 "$out/$tool.log"
   done
 else
   say "compute-sanitizer does not work on this machine: $(tail -n 1 "$out/probe.log")"
 fi
 
-step bench 110 "$python" -m bench --device cuda --out "$out"
+step bench 100 "$python" -m bench --device cuda --out "$out"
 cat "$out/bench.log"
-step executor 40 "${pytest[@]}" "${workers[@]}" tests/cuda_executor
+step executor 35 "${pytest[@]}" "${workers[@]}" tests/cuda_executor
 tail -n 5 "$out/executor.log"
 
 say "results    $out"
