@@ -9,7 +9,7 @@ pytest.importorskip("pytest_benchmark")
 
 @pytest.fixture(scope="module")
 def setting():
-    return cases.Setting(workload.load().first(8), 48, 0.5)
+    return cases.Setting(workload.load().first(8), 24, 1.0)
 
 
 @pytest.mark.parametrize("density", ["molgrid", "gaussian", "wave"])
