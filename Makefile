@@ -15,7 +15,7 @@ SHELL := /bin/bash
 
 # Folders count as well: a file that was added or removed changes theirs.
 SOURCES := setup.py $(shell find csrc -not -name '*.md')
-# A stamp's name holds what was installed, so another TORCH is another stamp.
+# A stamp's name holds what was installed, so another TORCH or PYTHON is another stamp and starts anew.
 key = $(shell echo '$(PYTHON) $(1)' | cksum | cut -d' ' -f1)
 ENV := .venv/env-$(call key,$(TORCH))
 BUILT := .venv/built-$(call key,$(TORCH))
@@ -25,8 +25,8 @@ RUN = source $(1)/bin/activate &&
 
 define make_env
 $(PYTHON) -c 'import sys; sys.exit("fastnuggets needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
+$(PYTHON) -m venv $$(test -e $@ || echo --clear) $(1)
 rm -f $(1)/env-* $(1)/built-* $(1)/checked-*
-$(PYTHON) -m venv $(1)
 $(call RUN,$(1)) pip install --quiet --disable-pip-version-check '$(2)' 'setuptools>=77' wheel 'ninja>=1.11'
 endef
 
