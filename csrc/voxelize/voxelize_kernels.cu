@@ -89,47 +89,43 @@ __device__ R load(const void* data, Dtype dtype, int64_t at) {
 }
 
 template <class R>
-__device__ void store(void* data, Dtype dtype, int64_t at, R x) {
-  switch (dtype) {
-    case Dtype::float32:
-      static_cast<float*>(data)[at] = float(x);
-      break;
-    case Dtype::float64:
-      static_cast<double*>(data)[at] = double(x);
-      break;
-    case Dtype::float16:
-      static_cast<__half*>(data)[at] = __float2half_rn(float(x));
-      break;
-    default:
-      static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(float(x));
-  }
+__device__ void store(float* to, R x) {
+  *to = float(x);
+}
+template <class R>
+__device__ void store(double* to, R x) {
+  *to = double(x);
+}
+template <class R>
+__device__ void store(__half* to, R x) {
+  *to = __float2half_rn(float(x));
+}
+template <class R>
+__device__ void store(__nv_bfloat16* to, R x) {
+  *to = __float2bfloat16_rn(float(x));
 }
 
+// Four neighbours at once, the first of them aligned to 16 bytes, or to 8 in half precision.
+template <class R>
+__device__ void store_quad(float* to, const R (&x)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(float(x[0]), float(x[1]), float(x[2]), float(x[3]));
+}
+template <class R>
+__device__ void store_quad(double* to, const R (&x)[4]) {
+  reinterpret_cast<double2*>(to)[0] = make_double2(double(x[0]), double(x[1]));
+  reinterpret_cast<double2*>(to)[1] = make_double2(double(x[2]), double(x[3]));
+}
 __device__ unsigned half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ unsigned bfloat16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-
-// Four neighbours at once, the first of them aligned to its own size times four.
 template <class R>
-__device__ void store_quad(void* data, Dtype dtype, int64_t at, const R (&x)[4]) {
-  const float f[4] = {float(x[0]), float(x[1]), float(x[2]), float(x[3])};
-  switch (dtype) {
-    case Dtype::float32:
-      *reinterpret_cast<float4*>(static_cast<float*>(data) + at) = make_float4(f[0], f[1], f[2], f[3]);
-      break;
-    case Dtype::float64: {
-      double2* to = reinterpret_cast<double2*>(static_cast<double*>(data) + at);
-      to[0] = make_double2(double(x[0]), double(x[1]));
-      to[1] = make_double2(double(x[2]), double(x[3]));
-      break;
-    }
-    case Dtype::float16:
-      *reinterpret_cast<uint2*>(static_cast<__half*>(data) + at) =
-          make_uint2(half_bits(f[0]) | half_bits(f[1]) << 16, half_bits(f[2]) | half_bits(f[3]) << 16);
-      break;
-    default:
-      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + at) =
-          make_uint2(bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16, bfloat16_bits(f[2]) | bfloat16_bits(f[3]) << 16);
-  }
+__device__ void store_quad(__half* to, const R (&x)[4]) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(half_bits(float(x[0])) | half_bits(float(x[1])) << 16,
+                                             half_bits(float(x[2])) | half_bits(float(x[3])) << 16);
+}
+template <class R>
+__device__ void store_quad(__nv_bfloat16* to, const R (&x)[4]) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(bfloat16_bits(float(x[0])) | bfloat16_bits(float(x[1])) << 16,
+                                             bfloat16_bits(float(x[2])) | bfloat16_bits(float(x[3])) << 16);
 }
 
 template <class T>
@@ -309,9 +305,16 @@ struct Box {
   __device__ int first_on(int axis) const { return axis == 0 ? first[0] : axis == 1 ? first[1] : first[2]; }
 };
 
+// Both halves at once: one after the other, each would wait for the memory.
+__device__ Footprint load(const Footprint* footprint) {
+  const int4 low = reinterpret_cast<const int4*>(footprint)[0], high = reinterpret_cast<const int4*>(footprint)[1];
+  return {{low.x, low.y, low.z}, {low.w, high.x, high.y}, high.z, high.w};
+}
+
 __device__ bool reaches(const Footprint& f, int channel, const Box& box) {
   bool hit = f.channel == channel;
-  for (int axis = 0; axis < 3; ++axis) hit = hit && f.first[axis] <= box.last[axis] && f.last[axis] >= box.first[axis];
+  for (int axis = 0; axis < 3; ++axis)
+    hit = hit & (f.first[axis] <= box.last[axis]) & (f.last[axis] >= box.first[axis]);
   return hit;
 }
 
@@ -324,15 +327,14 @@ struct Hits {
 // Of kThreads candidates, one a thread, those that hit, in ascending order; returns how many. A barrier for the block.
 template <int kThreads>
 __device__ int collect(Hits<kThreads>& hits, bool hit) {
+  const int total = __syncthreads_count(hit);
+  if (total == 0) return 0;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const unsigned votes = __ballot_sync(kAllLanes, hit);
   if (lane == 0) hits.warp_count[warp] = __popc(votes);
   __syncthreads();
-  int before = 0, total = 0;
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    before += w < warp ? hits.warp_count[w] : 0;
-    total += hits.warp_count[w];
-  }
+  int before = 0;
+  for (int w = 0; w < warp; ++w) before += hits.warp_count[w];
   if (hit) hits.index[before + __popc(votes & ((1u << lane) - 1))] = int(threadIdx.x);
   __syncthreads();
   return total;
@@ -347,69 +349,120 @@ constexpr int kTileRows = 8;
 constexpr int kTileColumns = 128;
 constexpr int kTileSlots = kTilePlanes + kTileRows + kTileColumns;
 
-// A thread has so many groups of four voxels; few enough that their sums stay in registers.
+// A thread has so many groups of four voxels: many, to spread what a tile costs, but their sums must stay in registers.
 template <class T>
-constexpr int kQuads = sizeof(T) <= 8 ? 4 : 2;
+constexpr int kQuads = std::is_same_v<T, float>          ? 6
+                       : std::is_same_v<T, Dual<double>> ? 2
+                                                         : 4;
+
+// Blocks that a multiprocessor should hold, so that some write while others look for their atoms.
+template <class T>
+constexpr int kTileBlocks = std::is_same_v<T, float>          ? 3
+                            : std::is_same_v<T, Dual<double>> ? 1
+                                                              : 2;
+
+// Division of a number below 2^31 by one multiplication. A block finds its place by a chain of divisions, which done
+// the plain way would cost an empty tile more than its zeros.
+struct Divisor {
+  unsigned divisor, multiplier, shift;
+
+  explicit Divisor(int64_t d) : divisor(unsigned(std::max<int64_t>(d, 1))), shift(31) {
+    while ((std::uint64_t(1) << (shift - 31)) < divisor) ++shift;
+    multiplier = unsigned(((std::uint64_t(1) << shift) + divisor - 1) / divisor);
+  }
+  __device__ unsigned operator()(unsigned n) const { return unsigned((std::uint64_t(n) * multiplier) >> shift); }
+  // Leaves n / divisor in n and returns the remainder.
+  __device__ unsigned split(unsigned& n) const {
+    const unsigned whole = n;
+    n = (*this)(whole);
+    return whole - n * divisor;
+  }
+};
 
 // How the grid is cut. The four voxels of a group are neighbours in a row, so that one store writes them, or, where
 // rows are not aligned, `quads` apart, so that neighbouring threads write neighbouring voxels.
 struct Tiling {
   int extent[3];  // planes, rows, columns of a tile
-  int count[3];   // tiles on each axis
   int quads;      // groups in a row of a tile
   bool adjacent;
+  unsigned plane_stride, row_stride;  // in the output; an offset in a tile has 32 bits
+  Divisor by_quads, by_rows;          // of a group's number in the tile
+  Divisor by_count[3];                // of a tile's number: tiles on each axis
+  Divisor by_channels, by_poses;      // of a volume's number: C; of a grid's: K
 
-  FN_HD int64_t tiles() const { return int64_t(count[0]) * count[1] * count[2]; }
-  FN_HD int column(int quad, int i) const { return adjacent ? 4 * quad + i : quad + i * quads; }
-  FN_HD int slots() const { return extent[0] + extent[1] + extent[2]; }
+  __device__ int column(int quad, int i) const { return adjacent ? 4 * quad + i : quad + i * quads; }
+  __device__ int slots() const { return extent[0] + extent[1] + extent[2]; }
+  int64_t tiles() const { return int64_t(by_count[0].divisor) * by_count[1].divisor * by_count[2].divisor; }
 };
 
 // The size of parts of at most `most`, as equal as they come.
 int part_of(int64_t n, int64_t most) { return int(ceil_div(n, ceil_div(n, most))); }
 
-Tiling make_tiling(const Grid& grid, int quads_in_tile, bool adjacent, bool in_order) {
-  Tiling t{};
-  t.adjacent = adjacent;
-  t.quads = part_of(ceil_div<int64_t>(grid.shape[2], 4), kTileColumns / 4);
-  t.extent[2] = 4 * t.quads;
-  const bool whole_rows = t.extent[2] >= grid.shape[2];
-  const int rows = in_order ? (whole_rows ? kTileRows + kTilePlanes - 1 : 1) : kTileRows;
-  t.extent[1] = part_of(grid.shape[1], std::min(rows, quads_in_tile / t.quads));
-  const int planes = in_order ? 1 : kTilePlanes;
-  t.extent[0] = part_of(grid.shape[0], std::min(planes, quads_in_tile / (t.quads * t.extent[1])));
-  for (int axis = 0; axis < 3; ++axis) t.count[axis] = int(ceil_div<int64_t>(grid.shape[axis], t.extent[axis]));
-  return t;
+Tiling make_tiling(const Grid& grid, int64_t C, int64_t K, int quads_in_tile, bool adjacent, bool in_order) {
+  const int quads = part_of(ceil_div<int64_t>(grid.shape[2], 4), kTileColumns / 4);
+  const bool whole_rows = 4 * quads >= grid.shape[2];
+  const int64_t most_rows = in_order ? (whole_rows ? kTileRows + kTilePlanes - 1 : 1) : kTileRows;
+  const auto fitting = [](int64_t stride) { return std::max<int64_t>(1, 0x7fffffff / stride); };
+  const int rows =
+      part_of(grid.shape[1], std::min<int64_t>({most_rows, quads_in_tile / quads, fitting(grid.shape[2])}));
+  const int64_t most_planes = in_order ? 1 : kTilePlanes;
+  const int64_t plane = grid.shape[1] * grid.shape[2];
+  const int planes =
+      part_of(grid.shape[0], std::min<int64_t>({most_planes, quads_in_tile / (quads * rows), fitting(plane)}));
+  const auto count = [](int64_t n, int part) { return Divisor(ceil_div<int64_t>(n, part)); };
+  return {{planes, rows, 4 * quads},
+          quads,
+          adjacent,
+          unsigned(plane),
+          unsigned(grid.shape[2]),
+          Divisor(quads),
+          Divisor(rows),
+          {count(grid.shape[0], planes), count(grid.shape[1], rows), count(grid.shape[2], 4 * quads)},
+          Divisor(C),
+          Divisor(K)};
 }
 
 struct Tile {
-  int64_t g;
-  int c;
-  Box box;  // voxels beyond the grid included
+  int molecule, pose, grid, channel;
+  Box box;                    // voxels beyond the grid included
+  int planes, rows, columns;  // of the tile or the rest of the grid
+  int64_t origin;             // place of the first voxel in the output
 };
 
-__device__ Tile tile_of(const Tiling& tiling, int64_t C, unsigned block) {
+__device__ Tile tile_of(const Tiling& tiling, const Grid& grid, unsigned block) {
   Tile t;
-  const unsigned tiles = unsigned(tiling.tiles());
-  unsigned rest = block % tiles;
-  t.c = int(block / tiles % unsigned(C));
-  t.g = block / tiles / unsigned(C);
+  unsigned rest = block;
   for (int axis = 2; axis >= 0; --axis) {
-    t.box.first[axis] = int(rest % unsigned(tiling.count[axis])) * tiling.extent[axis];
+    t.box.first[axis] = int(tiling.by_count[axis].split(rest)) * tiling.extent[axis];
     t.box.last[axis] = t.box.first[axis] + tiling.extent[axis] - 1;
-    rest /= unsigned(tiling.count[axis]);
   }
+  t.planes = min(tiling.extent[0], int(grid.shape[0]) - t.box.first[0]);
+  t.rows = min(tiling.extent[1], int(grid.shape[1]) - t.box.first[1]);
+  t.columns = min(tiling.extent[2], int(grid.shape[2]) - t.box.first[2]);
+  t.origin =
+      ((rest * grid.shape[0] + t.box.first[0]) * grid.shape[1] + t.box.first[1]) * grid.shape[2] + t.box.first[2];
+  t.channel = int(tiling.by_channels.split(rest));
+  t.grid = int(rest);
+  t.pose = int(tiling.by_poses.split(rest));
+  t.molecule = int(rest);
   return t;
 }
 
 // A thread's group number i in the tile; plane >= extent[0]: there is none.
 struct Place {
   int plane, row, quad;
-};
 
-__device__ Place place_of(const Tiling& tiling, int i) {
-  const int index = i * kTileThreads + int(threadIdx.x);
-  return {index / tiling.quads / tiling.extent[1], index / tiling.quads % tiling.extent[1], index % tiling.quads};
-}
+  __device__ Place(const Tiling& tiling, int i) {
+    unsigned rest = unsigned(i * kTileThreads) + threadIdx.x;
+    quad = int(tiling.by_quads.split(rest));
+    row = int(tiling.by_rows.split(rest));
+    plane = int(rest);
+  }
+  __device__ bool is_in(const Tile& t) const { return plane < t.planes && row < t.rows; }
+  __device__ unsigned offset(const Tiling& tiling) const {
+    return unsigned(plane) * tiling.plane_stride + unsigned(row) * tiling.row_stride;
+  }
+};
 
 template <class T>
 struct TileShared {
@@ -444,14 +497,19 @@ __device__ void fill_tables(TileShared<T>& s, const Entries<T>& entries, int64_t
 }
 
 template <Family F, class T>
-__device__ void add_atom(const TileShared<T>& s, int a, Combine rule, const Tiling& tiling, Place place, T (&sum)[4]) {
+__device__ void add_atom(const TileShared<T>& s, int a, Combine rule, const Tiling& tiling, const Place& place,
+                         T (&sum)[4]) {
   const T* value = s.value[a];
   const T* square = s.square[a];
   const int row = tiling.extent[0] + place.row, column = tiling.extent[0] + tiling.extent[1] + place.quad;
   const T envelope = value[place.plane] * value[row];
   if constexpr (F == Family::product) {
     if (is_zero(envelope)) return;
-    for (int i = 0; i < 4; ++i) sum[i] = combined(rule, sum[i], envelope * value[column + i * tiling.quads]);
+    if (rule == Combine::sum) {
+      for (int i = 0; i < 4; ++i) sum[i] += envelope * value[column + i * tiling.quads];
+    } else {
+      for (int i = 0; i < 4; ++i) sum[i] = combined(rule, sum[i], envelope * value[column + i * tiling.quads]);
+    }
   } else {
     const Placed<T>& placed = s.placed[a];
     const T in_plane = square[place.plane] + square[row];
@@ -460,7 +518,8 @@ __device__ void add_atom(const TileShared<T>& s, int a, Combine rule, const Tili
       const T q = in_plane + square[column + i * tiling.quads];
       if (value_of(q) > placed.shape.reach_squared) continue;
       const T gauss = envelope * value[column + i * tiling.quads];
-      sum[i] = combined(rule, sum[i], placed.weight * radial_value<kRadial<F>>(q, gauss, placed.shape));
+      const T atom = placed.weight * radial_value<kRadial<F>>(q, gauss, placed.shape);
+      sum[i] = combined(rule, sum[i], atom);
     }
   }
 }
@@ -474,20 +533,21 @@ struct ForwardJob {
 
 template <Family F, class T>
 __device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile& tile, T (&sums)[kQuads<T>][4]) {
-  const int64_t molecule = tile.g / job.entries.K;
-  const int64_t begin = job.entries.ptr[molecule], end = job.entries.ptr[molecule + 1];
-  const int64_t entries = job.entries.first_of(tile.g % job.entries.K, tile.c);
+  const int64_t begin = job.entries.ptr[tile.molecule], end = job.entries.ptr[tile.molecule + 1];
+  const int64_t entries = job.entries.first_of(tile.pose, tile.channel);
   for (int64_t n = begin; n < end; n += kTileThreads) {
     const int64_t mine = n + threadIdx.x;
-    const int hits = collect(s.hits, mine < end && reaches(job.entries.footprints[entries + mine], tile.c, tile.box));
+    const int hits =
+        collect(s.hits, mine < end && reaches(load(job.entries.footprints + entries + mine), tile.channel, tile.box));
     for (int batch = 0; batch < hits; batch += kBatch) {
-      const int count = hits - batch < kBatch ? hits - batch : kBatch;
+      const int count = min(hits - batch, kBatch);
       fill_tables<F>(s, job.entries, entries + n, batch, count, job.grid, job.tiling, tile.box);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kQuads<T>; ++i) {
-        const Place place = place_of(job.tiling, i);
+        const Place place(job.tiling, i);
         if (place.plane >= job.tiling.extent[0]) break;
+#pragma unroll 1
         for (int a = 0; a < count; ++a) add_atom<F>(s, a, job.grid.combine, job.tiling, place, sums[i]);
       }
       __syncthreads();
@@ -495,41 +555,41 @@ __device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile
   }
 }
 
-// Where the voxels of a group are in the output, and which of them are in the grid.
-struct Target {
-  int64_t row;  // place of column 0
-  int column;   // of the group's first voxel
-  bool exists;
-};
-
-__device__ Target target_of(const Grid& grid, const Tiling& tiling, int64_t volume, const Box& box, Place place) {
-  const int d = box.first[0] + place.plane, h = box.first[1] + place.row;
-  const bool exists = place.plane < tiling.extent[0] && d < grid.shape[0] && h < grid.shape[1];
-  return {((volume * grid.shape[0] + d) * grid.shape[1] + h) * grid.shape[2],
-          box.first[2] + tiling.column(place.quad, 0), exists};
-}
-
-template <Family F, class T>
-__global__ void __launch_bounds__(kTileThreads, 1)
-    voxelize_tiles(const __grid_constant__ ForwardJob<T> job, void* out, Dtype dtype) {
-  FN_SHARED(TileShared<T>, shared);
-  const Tile tile = tile_of(job.tiling, job.entries.C, blockIdx.x);
-  T sums[kQuads<T>][4] = {};
-  add_atoms<F>(shared, job, tile, sums);
+template <class T, class Element>
+__device__ void write_tile(const Tiling& tiling, const Tile& tile, const T (&sums)[kQuads<T>][4], void* out) {
+  Element* const to = static_cast<Element*>(out) + tile.origin;
 #pragma unroll
   for (int i = 0; i < kQuads<T>; ++i) {
-    const Target to =
-        target_of(job.grid, job.tiling, tile.g * job.entries.C + tile.c, tile.box, place_of(job.tiling, i));
-    if (!to.exists) continue;
+    const Place place(tiling, i);
+    if (!place.is_in(tile)) continue;
     const Real<T> values[4] = {result(sums[i][0]), result(sums[i][1]), result(sums[i][2]), result(sums[i][3])};
-    if (job.tiling.adjacent) {
-      if (to.column < job.grid.shape[2]) store_quad(out, dtype, to.row + to.column, values);
+    if (tiling.adjacent) {
+      if (4 * place.quad < tile.columns) store_quad(to + place.offset(tiling) + 4 * place.quad, values);
       continue;
     }
     for (int j = 0; j < 4; ++j) {
-      const int column = to.column + j * job.tiling.quads;
-      if (column < job.grid.shape[2]) store(out, dtype, to.row + column, values[j]);
+      const int column = tiling.column(place.quad, j);
+      if (column < tile.columns) store(to + place.offset(tiling) + column, values[j]);
     }
+  }
+}
+
+template <Family F, class T>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
+    voxelize_tiles(const __grid_constant__ ForwardJob<T> job, void* out, Dtype dtype) {
+  FN_SHARED(TileShared<T>, shared);
+  const Tile tile = tile_of(job.tiling, job.grid, blockIdx.x);
+  T sums[kQuads<T>][4] = {};
+  add_atoms<F>(shared, job, tile, sums);
+  switch (dtype) {
+    case Dtype::float32:
+      return write_tile<T, float>(job.tiling, tile, sums, out);
+    case Dtype::float64:
+      return write_tile<T, double>(job.tiling, tile, sums, out);
+    case Dtype::float16:
+      return write_tile<T, __half>(job.tiling, tile, sums, out);
+    default:
+      return write_tile<T, __nv_bfloat16>(job.tiling, tile, sums, out);
   }
 }
 
@@ -566,23 +626,23 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     voxelize_sparse_tiles(const __grid_constant__ ForwardJob<R> job, const __grid_constant__ SparseOutput out) {
   FN_SHARED(TileShared<R>, shared);
   FN_SHARED(int[kTileThreads / kWarp], warp_sums);
-  const Tile tile = tile_of(job.tiling, job.entries.C, blockIdx.x);
+  const Tile tile = tile_of(job.tiling, job.grid, blockIdx.x);
   R sums[kQuads<R>][4] = {};
   add_atoms<F>(shared, job, tile, sums);
   int64_t written = out.counts == nullptr ? out.before[blockIdx.x] : 0;
 #pragma unroll
   for (int i = 0; i < kQuads<R>; ++i) {
-    const Place place = place_of(job.tiling, i);
-    const Target to = target_of(job.grid, job.tiling, 0, tile.box, place);
-    int filled = 0, total;
-    for (int j = 0; j < 4; ++j) filled += to.exists && to.column + j < job.grid.shape[2] && sums[i][j] != R(0);
-    int64_t at = written + sum_before(warp_sums, filled, total);
+    const Place place(job.tiling, i);
+    const auto filled = [&](int j) {
+      return place.is_in(tile) && 4 * place.quad + j < tile.columns && sums[i][j] != R(0);
+    };
+    int total;
+    int64_t at = written + sum_before(warp_sums, filled(0) + filled(1) + filled(2) + filled(3), total);
     written += total;
-    if (out.counts != nullptr || filled == 0) continue;
     for (int j = 0; j < 4; ++j) {
-      if (to.column + j >= job.grid.shape[2] || sums[i][j] == R(0)) continue;
-      const int64_t voxel[5] = {tile.g, tile.c, tile.box.first[0] + place.plane, tile.box.first[1] + place.row,
-                                to.column + j};
+      if (out.counts != nullptr || !filled(j)) continue;
+      const int64_t voxel[5] = {tile.grid, tile.channel, tile.box.first[0] + place.plane, tile.box.first[1] + place.row,
+                                tile.box.first[2] + 4 * place.quad + j};
       for (int axis = 0; axis < 5; ++axis) out.places[axis * out.total + at] = voxel[axis];
       static_cast<R*>(out.values)[at++] = sums[i][j];
     }
@@ -659,7 +719,7 @@ __device__ T left_by_others(Hits<kAtomThreads>& hits, const BackwardJob<T>& job,
   const int channel = job.entries.footprints[first + own].channel;
   for (int64_t n = begin; n < end; n += kAtomThreads) {
     const int64_t mine = n + threadIdx.x;
-    const bool hit = mine < end && mine != own && reaches(job.entries.footprints[first + mine], channel, brick);
+    const bool hit = mine < end && mine != own && reaches(load(job.entries.footprints + first + mine), channel, brick);
     const int count = collect(hits, hit);
     for (int i = 0; i < count; ++i) {
       const int64_t other = n + hits.index[i];
@@ -845,17 +905,15 @@ __global__ void __launch_bounds__(kSegmentThreads)
   if (i < N * width) out[i] = y[segment_of(ptr, segments, i / width) * width + i % width];
 }
 
-int64_t blocks_of_grid(const Tiling& tiling, int64_t grids, int64_t channels) {
-  return grids * channels * tiling.tiles();
+Tiling sparse_tiling(const Grid& grid, int64_t C, int64_t K) {
+  return make_tiling(grid, C, K, std::min(kQuads<float>, kQuads<double>) * kTileThreads, true, true);
 }
-
-Tiling sparse_tiling(const Grid& grid) { return make_tiling(grid, 2 * kTileThreads, true, true); }
 
 template <class R>
 void launch_sparse(const CudaJob<R>& job, const SparseOutput& out) {
   if (job.grid.voxels() == 0) return;
-  const ForwardJob<R> forward{placed_entries(job), job.grid, sparse_tiling(job.grid)};
-  const unsigned blocks = blocks_for(blocks_of_grid(forward.tiling, job.m.B * job.m.K, job.m.C), 1);
+  const ForwardJob<R> forward{placed_entries(job), job.grid, sparse_tiling(job.grid, job.m.C, job.m.K)};
+  const unsigned blocks = blocks_for(job.m.B * job.m.K * job.m.C * forward.tiling.tiles(), 1);
   for_family(job.grid.density, [&](auto family) {
     FN_LAUNCH((voxelize_sparse_tiles<decltype(family)::value, R>), blocks, kTileThreads, 0, job.stream, forward, out);
   });
@@ -874,8 +932,8 @@ void voxelize_forward(const CudaJob<T>& job, void* out, Dtype dtype) {
   const bool aligned = job.grid.shape[2] % 4 == 0 &&
                        reinterpret_cast<std::uintptr_t>(out) % std::min<int64_t>(16, 4 * bytes_of(dtype)) == 0;
   const ForwardJob<T> forward{placed_entries(job), job.grid,
-                              make_tiling(job.grid, kQuads<T> * kTileThreads, aligned, false)};
-  const unsigned blocks = blocks_for(blocks_of_grid(forward.tiling, job.m.B * job.m.K, job.m.C), 1);
+                              make_tiling(job.grid, job.m.C, job.m.K, kQuads<T> * kTileThreads, aligned, false)};
+  const unsigned blocks = blocks_for(job.m.B * job.m.K * job.m.C * forward.tiling.tiles(), 1);
   for_family(job.grid.density, [&](auto family) {
     FN_LAUNCH((voxelize_tiles<decltype(family)::value, T>), blocks, kTileThreads, 0, job.stream, forward, out, dtype);
   });
@@ -895,7 +953,7 @@ void voxelize_backward(const CudaJob<T>& job, const void* grad, Dtype dtype, con
 }
 
 std::int64_t sparse_tiles(std::int64_t grids, std::int64_t channels, const Grid& grid) {
-  return grid.voxels() == 0 ? 0 : blocks_of_grid(sparse_tiling(grid), grids, channels);
+  return grid.voxels() == 0 ? 0 : grids * channels * sparse_tiling(grid, channels, 1).tiles();
 }
 
 template <class R>

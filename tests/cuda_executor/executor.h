@@ -71,9 +71,13 @@ class Executor {
   void* dynamic_shared() { return dynamic_shared_.get(); }
   unsigned lane() const { return current_ % warpSize; }
 
-  void block_barrier() {
-    fibers_[current_]->state = Fiber::State::block_barrier;
+  // Returns how many threads of the block came with a predicate that holds.
+  int block_barrier(bool predicate = false) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.state = Fiber::State::block_barrier;
+    fiber.payload = predicate;
     leave_fiber();
+    return int(fiber.payload);
   }
 
   uint64_t collective(Collective kind, unsigned mask, uint64_t payload, unsigned source = 0) {
@@ -171,7 +175,12 @@ class Executor {
       }
     }
     if (!released && count(Fiber::State::block_barrier) == threads_) {
-      for (unsigned t = 0; t < threads_; ++t) fibers_[t]->state = Fiber::State::ready;
+      uint64_t predicates = 0;
+      for (unsigned t = 0; t < threads_; ++t) predicates += fibers_[t]->payload;
+      for (unsigned t = 0; t < threads_; ++t) {
+        fibers_[t]->state = Fiber::State::ready;
+        fibers_[t]->payload = predicates;
+      }
       released = true;
     }
     return released;

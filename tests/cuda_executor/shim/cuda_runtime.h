@@ -65,6 +65,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // --- device side: barriers and warp collectives ----------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_executor::executor().block_barrier(); }
+inline int __syncthreads_count(int predicate) { return cuda_executor::executor().block_barrier(predicate != 0); }
 inline void __threadfence() {}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -176,11 +177,15 @@ struct alignas(16) int4 {
   int x, y, z, w;
 };
 
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
