@@ -5,12 +5,16 @@ A family registers one `OpCase` for each of its ops, backward ops included. An o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastnuggets import reference
+from fastnuggets.ops.voxelize import COMBINES, DENSITIES
 
 NAMESPACE = "fastnuggets"
 
@@ -34,8 +38,10 @@ class OpCase:
         reference: the same outputs (and mutated arguments, last) from the same arguments, in plain PyTorch.
         differentiable: names of the arguments that have a derivative.
         double_backward: the derivative has one as well.
-        data_dependent: an output's size depends on values, so the op synchronises and no CUDA graph can hold it.
+        data_dependent: an output's size depends on values.
+        synchronises: the host waits for values on the device, so no CUDA graph can hold the op.
         dtypes: the floating types of the inputs.
+        any_dtype: names of the arguments that may be half without autocast, which therefore leaves them alone.
         tolerance: largest error against `reference` run in float64, relative to the reference's largest value (or 1).
         gradient_tolerance: the same for the gradients.
     """
@@ -46,14 +52,17 @@ class OpCase:
     differentiable: tuple[str, ...] = ()
     double_backward: bool = True
     data_dependent: bool = False
+    synchronises: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    any_dtype: tuple[str, ...] = ()
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: dict(ROUNDING))
     gradient_tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: dict(ROUNDING))
 
     @property
     def overload(self) -> torch._ops.OpOverload:
         namespace, name = self.op.split("::")
-        return getattr(getattr(torch.ops, namespace), name).default
+        found: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), name).default
+        return found
 
     @property
     def mutated(self) -> tuple[int, ...]:
@@ -67,8 +76,10 @@ class OpCase:
         overload, mutated = self.overload, self.mutated
 
         def function(*args: Any) -> tuple[Tensor, ...]:
-            args = tuple(a.clone() if i in mutated else a for i, a in enumerate(args))
-            return _as_tuple(overload(*args)) + tuple(args[i] for i in mutated)
+            given = list(args)
+            for i in mutated:
+                given[i] = given[i].clone()
+            return _as_tuple(overload(*given)) + tuple(given[i] for i in mutated)
 
         return function
 
@@ -166,3 +177,357 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     if outputs is None:
         return ()
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+# --- voxelize ---------------------------------------------------------------------------------------------------------
+
+EXACT = 1e-18  # a cut-off that drops nothing float64 can hold beside the peak
+
+
+def _random(seed: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """uniform(low, high, *sizes): the same float32 numbers on every device and in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *sizes: int) -> Tensor:
+        return (torch.rand(sizes, generator=generator) * (high - low) + low).to(device, dtype)
+
+    return uniform
+
+
+def _molecules(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    atoms: tuple[int, ...],
+    channels: int,
+    density: str,
+    index: bool = True,
+    posed: int = 0,
+    positions: int = 0,
+    reach: float = 1.4,
+) -> tuple[Any, ...]:
+    """coords ... omega and center ... translation of the schemas; `positions` poses instead of coordinates."""
+    uniform = _random(sum(atoms), device, dtype)
+    n, molecules = sum(atoms), len(atoms)
+    coords = uniform(-reach, reach, n, positions, 3) if positions else uniform(-reach, reach, n, 3)
+    ptr = torch.tensor([0, *atoms], device=device).cumsum(0)
+    channel = (uniform(0, channels, n).floor().long() % channels) if index else None
+    weight = uniform(0.2, 0.9, n, channels)
+    size = None if density in ("nearest", "trilinear") else uniform(0.7, 1.3, n, channels)
+    omega = uniform(0.2, 0.6, n, channels) if density == "wave" else None
+    pose: tuple[Tensor | None, ...] = (None, None, None)
+    if posed:
+        center, translation = uniform(-0.3, 0.3, molecules, posed, 3), uniform(-0.3, 0.3, molecules, posed, 3)
+        rotation = torch.linalg.qr(uniform(-1, 1, molecules, posed, 3, 3).double().cpu()).Q.float().to(device, dtype)
+        pose = (center, rotation, translation)
+    return (coords, ptr, channel, weight, size, omega, *(() if positions else pose))
+
+
+def _rule(density: str, combine: str, spacing: tuple[float, float, float] = (0.5, 0.625, 0.75)) -> tuple[Any, ...]:
+    return list(spacing), DENSITIES.index(density), COMBINES.index(combine), EXACT
+
+
+# What the samples of voxelize, its backward and its double backward have in common: molecules, density, combine, grid.
+_VOXELIZE: dict[str, tuple[dict[str, Any], str, str, tuple[int, int, int]]] = {
+    "typical": ({"atoms": (3, 2), "channels": 2, "posed": 1}, "wave", "sum", (3, 4, 3)),
+    "larger": ({"atoms": (4, 0, 3), "channels": 3, "posed": 1}, "wave", "sum", (3, 4, 3)),
+    "features": ({"atoms": (2, 2), "channels": 2, "index": False}, "gaussian", "union", (3, 2, 4)),
+    "poses": ({"atoms": (2, 1), "channels": 2, "posed": 2}, "moleculekit", "max", (2, 3, 3)),
+    "presets": ({"atoms": (4,), "channels": 1}, "molgrid", "union", (3, 3, 4)),
+    "no size": ({"atoms": (3,), "channels": 2}, "trilinear", "sum", (3, 3, 3)),
+    "one": ({"atoms": (1,), "channels": 1}, "gaussian", "sum", (1, 1, 1)),
+    "empty": ({"atoms": (0, 0), "channels": 2, "posed": 1}, "wave", "sum", (3, 2, 3)),
+    "no molecule": ({"atoms": (), "channels": 2}, "gaussian", "sum", (3, 2, 3)),
+    "parallel": ({"atoms": (30, 24), "channels": 3, "reach": 4.0}, "wave", "sum", (24, 20, 22)),
+}
+
+
+def _voxelize_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    return {
+        name: (*_molecules(device, dtype, density=density, **how), list(shape), *_rule(density, combine), dtype)
+        for name, (how, density, combine, shape) in _VOXELIZE.items()
+    }
+
+
+def _voxelize_into_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, (*molecules, shape, spacing, density, combine, cutoff, _) in _voxelize_samples(device, dtype).items():
+        grids = (molecules[1].numel() - 1) * (1 if molecules[6] is None else molecules[6].shape[1])
+        out = torch.full((grids, molecules[3].shape[1], *shape), 7.0, dtype=dtype, device=device)
+        made[name] = (out, *molecules, spacing, density, combine, cutoff)
+    return made
+
+
+def _voxelize_sparse_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, (how, _, combine, shape) in _VOXELIZE.items():
+        for density in ("molgrid", "trilinear"):  # their zeros are those of the definition
+            key = name if density == "molgrid" else f"{name}, {density}"
+            arguments = _molecules(device, dtype, density=density, **how)
+            made[key] = (*arguments, list(shape), *_rule(density, combine), dtype)
+    return made
+
+
+def _backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, (how, density, combine, shape) in _VOXELIZE.items():
+        how = {**how, "positions": how.get("posed", 0) or 1, "posed": 0}
+        molecules = _molecules(device, dtype, density=density, **how)
+        shape = shape if name != "parallel" else (8, 7, 9)  # here it is the atoms that are shared out
+        wanted = [name != "features", True, molecules[4] is not None, molecules[5] is not None]
+        grids = len(how["atoms"]) * how["positions"]
+        grad = _random(1, device, dtype)(-1, 1, grids, how["channels"], *shape)
+        made[name] = (grad, *molecules, *_rule(density, combine), wanted)
+    return made
+
+
+def _double_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, (grad, positions, *rest) in _backward_samples(device, dtype).items():
+        uniform = _random(2, device, dtype)
+        wanted = rest.pop()
+        along = (positions.shape, *(rest[2].shape,) * 3)
+        tangents = [uniform(-1, 1, *sizes) if w else None for sizes, w in zip(along, wanted, strict=True)]
+        made[name] = (*tangents, grad, positions, *rest)
+    return made
+
+
+def _reference_voxelize(
+    coords: Tensor,
+    ptr: Tensor,
+    channel: Tensor | None,
+    weight: Tensor,
+    size: Tensor | None,
+    omega: Tensor | None,
+    center: Tensor | None,
+    rotation: Tensor | None,
+    translation: Tensor | None,
+    shape: list[int],
+    spacing: list[float],
+    density: int,
+    combine: int,
+    *_: Any,
+) -> Tensor:
+    weights = None if channel is None else weight.gather(1, channel[:, None]).squeeze(1)
+    grid = reference.voxelize(
+        coords,
+        weight if channel is None else channel,
+        ptr,
+        shape=shape,
+        spacing=spacing,
+        num_channels=weight.shape[1],
+        density=DENSITIES[density],
+        radius=size,
+        sigma=size,
+        omega=omega,
+        weights=weights,
+        center=center,
+        rotation=rotation,
+        translation=translation,
+        combine=COMBINES[combine],
+    )
+    return grid.flatten(0, -5)
+
+
+def _reference_voxelize_into(out: Tensor, *rest: Any) -> Tensor:
+    *molecules, spacing, density, combine, cutoff = rest
+    return _reference_voxelize(*molecules, list(out.shape[2:]), spacing, density, combine, cutoff)
+
+
+def _reference_sparse(*args: Any) -> tuple[Tensor, Tensor]:
+    grid = _reference_voxelize(*args)
+    indices = grid.nonzero().T
+    return indices, grid[tuple(indices)]
+
+
+def _reference_backward(
+    grad: Tensor,
+    positions: Tensor,
+    ptr: Tensor,
+    channel: Tensor | None,
+    weight: Tensor,
+    size: Tensor | None,
+    omega: Tensor | None,
+    spacing: list[float],
+    density: int,
+    combine: int,
+    cutoff: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """By autograd through the definition, so that it can be differentiated again."""
+    with torch.enable_grad():
+        inputs: list[Any] = [
+            t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (positions, weight, size, omega)
+        ]
+        place, weight, size, omega = inputs
+        rule = (list(grad.shape[2:]), spacing, density, combine)
+        grids = [
+            _reference_voxelize(place[:, k], ptr, channel, weight, size, omega, None, None, None, *rule)
+            for k in range(place.shape[1])
+        ]
+        grid = torch.stack(grids, 1).flatten(0, 1)
+        chosen = [t for t, w in zip(inputs, wanted, strict=True) if w]
+        found = iter(_gradients([grid], chosen, [grad]))
+        return tuple(next(found) if w else weight.new_zeros(0) for w in wanted)
+
+
+def _reference_double_backward(
+    position_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    size_tangent: Tensor | None,
+    omega_tangent: Tensor | None,
+    grad: Tensor,
+    positions: Tensor,
+    ptr: Tensor,
+    channel: Tensor | None,
+    weight: Tensor,
+    size: Tensor | None,
+    omega: Tensor | None,
+    *rule: Any,
+) -> tuple[Tensor, ...]:
+    leaves: list[Any] = [
+        t if t is None else t.detach().requires_grad_() for t in (grad, positions, weight, size, omega)
+    ]
+    tangents = [position_tangent, weight_tangent, size_tangent, omega_tangent]
+    wanted = [t is not None for t in tangents]
+    arguments: list[Any] = [*leaves[:2], ptr, channel, *leaves[2:], *rule, wanted]
+    first = _reference_backward(*arguments)
+    pairs = [(f, t) for f, t in zip(first, tangents, strict=True) if t is not None and f.requires_grad]
+    given = [leaf for leaf in leaves if leaf is not None]
+    found = iter(_gradients([f for f, _ in pairs], given, [t for _, t in pairs]))
+    return tuple(torch.zeros_like(weight) if leaf is None else next(found) for leaf in leaves)
+
+
+def _gradients(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad`, zeros where nothing depends on an input, differentiable again."""
+    outputs = [o + 0 * sum(i.sum() for i in inputs) for o in outputs]
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
+
+
+def _reference_segment_sum(x: Tensor, ptr: Tensor) -> Tensor:
+    ends = ptr.tolist()
+    sums = [x[start:stop].sum(0) for start, stop in itertools.pairwise(ends)]
+    return torch.stack(sums) if sums else x.new_zeros(0, x.shape[1])
+
+
+def _segments(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, width], [S, width] and the pointers of S segments with N rows in all."""
+    uniform = _random(len(sizes), device, dtype)
+    ptr = torch.tensor([0, *sizes], device=device).cumsum(0)
+    return uniform(-1, 1, sum(sizes), width), uniform(-1, 1, len(sizes), width), ptr
+
+
+_SEGMENTS = {
+    "typical": ((3, 0, 2), 3),
+    "larger": ((4, 1, 0, 3), 5),
+    "one": ((1,), 1),
+    "empty": ((0, 0), 3),
+    "no segment": ((), 3),
+    "parallel": ((500, 1, 700, 0, 300) * 20, 9),
+}
+
+
+def _segment_sum_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {name: _segments(device, dtype, *how) for name, how in _SEGMENTS.items()}
+    return {name: (x, ptr) for name, (x, _, ptr) in made.items()}
+
+
+def _segment_expand_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {name: _segments(device, dtype, *how) for name, how in _SEGMENTS.items()}
+    return {name: (y, ptr, len(x)) for name, (x, y, ptr) in made.items()}
+
+
+_FITS: dict[str, tuple[tuple[int, ...], tuple[int, int, int]]] = {  # atoms of each grid, voxels
+    "typical": ((2, 0, 1), (7, 6, 9)),
+    "larger": ((3, 1, 0, 2), (8, 7, 10)),
+    "one": ((1,), (5, 5, 5)),
+    "empty": ((0, 0), (4, 4, 4)),
+    "parallel": ((5, 2, 0, 7) * 4, (14, 13, 20)),
+}
+
+
+def _fit_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    return {name: _fit(device, dtype, *how) for name, how in _FITS.items()}
+
+
+def _fit(
+    device: torch.device, dtype: torch.dtype, counts: tuple[int, ...], shape: tuple[int, int, int]
+) -> tuple[Any, ...]:
+    """Noisy grids of atoms, and a start up to 0.1 angstrom from each."""
+    spacing = (0.5, 0.6, 0.4)
+    uniform = _random(len(counts), device, dtype)
+    sigma, omega = uniform(0.6, 0.9, len(counts)), uniform(0.4, 0.5, len(counts))
+    ptr = torch.tensor([0, *counts], device=device).cumsum(0)
+    group = torch.arange(len(counts), device=device).repeat_interleave(ptr.diff())
+    reach = 0.5 * torch.tensor(shape, device=device) * torch.tensor(spacing, device=device, dtype=dtype)
+    positions = uniform(-1, 1, len(group), 3) * reach
+    grid = reference.voxelize(
+        positions,
+        torch.zeros_like(group),
+        ptr,
+        shape=shape,
+        spacing=spacing,
+        num_channels=1,
+        density="wave",
+        sigma=sigma[group, None],
+        omega=omega[group, None],
+    ).squeeze(1)
+    grid = grid + 0.1 * uniform(-1, 1, *grid.shape)
+    start = positions + uniform(-0.1, 0.1, *positions.shape)
+    return grid, start, torch.ones_like(start[:, 0]), ptr, sigma, omega, spacing, 1e-3, 8
+
+
+_MOLECULE = ("coords", "weight", "size", "omega", "center", "rotation", "translation")
+
+# moleculekit's twelfth power at positions of poses rounded to float32: 5.1e-6. All other cases stay below 1e-6.
+_STEEP = {**ROUNDING, torch.float32: 1e-5}
+
+register(OpCase("fastnuggets::voxelize", _voxelize_samples, _reference_voxelize, _MOLECULE, gradient_tolerance=_STEEP))
+register(
+    OpCase(
+        "fastnuggets::voxelize_",
+        _voxelize_into_samples,
+        _reference_voxelize_into,
+        _MOLECULE,
+        gradient_tolerance=_STEEP,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::voxelize_sparse",
+        _voxelize_sparse_samples,
+        _reference_sparse,
+        data_dependent=True,
+        synchronises=True,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::voxelize_backward",
+        _backward_samples,
+        _reference_backward,
+        ("grad", "positions", "weight", "size", "omega"),
+        double_backward=False,
+        any_dtype=("grad",),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::voxelize_double_backward",
+        _double_backward_samples,
+        _reference_double_backward,
+        any_dtype=("grad",),
+    )
+)
+register(OpCase("fastnuggets::segment_sum", _segment_sum_samples, _reference_segment_sum, ("x",)))
+register(
+    OpCase(
+        "fastnuggets::segment_expand",
+        _segment_expand_samples,
+        lambda y, ptr, n: y.repeat_interleave(ptr.diff(), 0, output_size=n),
+        ("y",),
+    )
+)
+register(OpCase("fastnuggets::fit_atoms", _fit_samples, reference.fit_atoms, synchronises=True))
