@@ -20,7 +20,7 @@ PADDING = 3.0  # sigmas
 FIT_CUTOFF = 1e-3  # the fit looks at voxels within 3.7 sigma of an atom
 FIT_ITERATIONS = 8
 SEED_HEIGHT, SEED_SIGNIFICANCE = 0.35, 4.5
-REGROW_HEIGHT, REGROW_SIGNIFICANCE = 0.5, 5.0  # in the residual
+REGROW_HEIGHT, REGROW_SIGNIFICANCE = 0.35, 5.0  # in the residual, where neighbours have taken a part of the peak
 LEAST_AMPLITUDE, AMPLITUDE_SIGNIFICANCE = 0.5, 6.0  # a grid offers some 10^5 places to a false atom
 MERGE_DISTANCE = 0.7  # angstrom, within a channel
 CONFLICT_DISTANCE = 0.9  # angstrom, between channels
@@ -29,7 +29,8 @@ CONFLICT_DISTANCE = 0.9  # angstrom, between channels
 CHUNK_VOXELS = {"cpu": 2**20, "cuda": 2**27}
 
 RESOLUTION = 0.70  # 1/angstrom: neighbours of one element are 1.2 angstrom apart or more, and bonds 1.4
-BLIND_LIMIT = 0.25
+BLIND_LIMIT = 0.2  # csrc/voxelize/README.md has the kernels on both sides of it
+FIT_OF_INEQUALITIES = 0.02  # 1/angstrom, how well they follow the curves they stand for
 
 T = TypeVar("T", int, float)
 Number = float | Sequence[float] | Tensor
@@ -92,16 +93,20 @@ def kernel_warnings(sigma: float, omega: float = 0.0, spacing: float | Sequence[
     """What is wrong with a kernel on a grid of this spacing, one sentence each; empty if it is well chosen.
 
     Two inequalities, h the largest spacing: omega <= 1 / 2h - 0.38 / sigma, or the grid changes with where an atom lies
-    between voxels; omega >= 0.70 - 0.36 / sigma, or atoms a bond apart melt into one.
+    between voxels; omega >= 0.70 - 0.36 / sigma, or atoms a bond apart melt into one. Both with a slack of 0.02.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+    _kernels(sigma, omega, 1)
     h = max(_triple("spacing", spacing, float))
     found = []
-    if omega > 1 / (2 * h) - 0.38 / sigma:
+    if omega > 1 / (2 * h) - 0.38 / sigma + FIT_OF_INEQUALITIES:
         found.append(
             f"sigma={sigma:g}, omega={omega:g} is aliased on a grid of {h:g} angstrom: omega should be at most "
             f"1 / (2 spacing) - 0.38 / sigma = {1 / (2 * h) - 0.38 / sigma:.2f}"
         )
-    if omega < RESOLUTION - 0.36 / sigma:
+    if omega < RESOLUTION - 0.36 / sigma - FIT_OF_INEQUALITIES:
         found.append(
             f"sigma={sigma:g}, omega={omega:g} does not resolve atoms a bond apart: omega should be at least "
             f"0.70 - 0.36 / sigma = {RESOLUTION - 0.36 / sigma:.2f}"
@@ -142,7 +147,7 @@ def deconvolve(
     sigma and omega are numbers or on the CPU.
 
     Warns:
-        UserWarning: more than a quarter of the frequencies that tell atoms apart are lost, see `condition_number`.
+        UserWarning: more than a fifth of the frequencies that tell atoms apart are lost, see `condition_number`.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of another kind; on the CPU also NaN in `grid`.
@@ -376,6 +381,8 @@ class _Wiener:
 
     def apply(self, grid: Tensor, gain: Tensor) -> Tensor:
         """[..., D, H, W] -> the same."""
+        if grid.numel() == 0:
+            return grid  # which the transforms refuse
         axes = (-3, -2, -1)
         spectrum = torch.fft.rfftn(grid, s=self.padded, dim=axes)
         # A complex number times a real one would first make the real one complex.
