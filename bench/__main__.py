@@ -32,7 +32,7 @@ def main() -> int:
     threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 
-    result = report.start(options.device, threads, repeats, options.quick)
+    result = report.start(options.device, threads, repeats, options.quick, complete=options.only is None)
     for group in groups(options.device, options.quick):
         if options.only is None or options.only in group.name:
             print(f"{group.title} ...", file=sys.stderr, flush=True)

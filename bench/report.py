@@ -16,8 +16,14 @@ from bench.cases import CHECKED, Gate
 
 Row = dict[str, Any]
 
+METHOD = (
+    "All contenders of a table take turns in one process and write to an output that exists already. The error is the "
+    f"largest over the first {CHECKED} molecules against float64, relative to the largest value; where it is too "
+    "large, of ours or of the peer, no ratio is given. Extra memory is what the first call adds to what was there."
+)
 
-def start(device: str, threads: list[int], repeats: int, quick: bool) -> dict[str, Any]:
+
+def start(device: str, threads: list[int], repeats: int, quick: bool, complete: bool) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "chip": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
@@ -26,6 +32,7 @@ def start(device: str, threads: list[int], repeats: int, quick: bool) -> dict[st
         "threads": threads,
         "repeats": repeats,
         "quick": quick,
+        "complete": complete,
         "groups": [],
     }
 
@@ -93,11 +100,7 @@ def gates(demands: list[Gate], rows: list[Row], threads: list[int]) -> list[Row]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['date']} · {result['chip']} · {result['device']} · torch {result['torch']} · "
-        f"median of {result['repeats']} calls, all contenders in turns in one process · "
-        f"error: largest over the first {CHECKED} molecules against float64, relative to the largest value",
-    ]
+    lines = [_machine(result), "", METHOD]
     if result["quick"]:
         lines += ["", "**A quick run of 8 molecules: it shows that everything runs, its times mean nothing.**"]
     for group in result["groups"]:
@@ -106,10 +109,17 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _machine(result: dict[str, Any]) -> str:
+    return (
+        f"{result['date']} · {result['chip']} · {result['device']} · torch {result['torch']} · "
+        f"median of {result['repeats']} calls"
+    )
+
+
 def table(group: dict[str, Any], result: dict[str, Any]) -> list[str]:
     rows, threads = {row["name"]: row for row in group["rows"]}, result["threads"]
     unit = ["ms"] if result["device"] == "cuda" else [f"ms, {n} thread{'s' if n > 1 else ''}" for n in threads]
-    lines = _table_head(["", *unit, "ours is faster by", "largest error", "extra MB", ""])
+    lines = _table_head(["", *unit, "time / ours", "largest error", "extra MB", ""])
     for row in rows.values():
         if "ms" not in row:
             lines.append(f"| {row['name']} |{' |' * (len(threads) + 3)} {row['note']} |")
@@ -154,20 +164,21 @@ def write(result: dict[str, Any], text: str, folder: str) -> list[Path]:
 def fill(path: str, result: dict[str, Any]) -> None:
     """Replaces what stands between `<!-- bench NAME: begin -->` and `<!-- bench NAME: end -->`.
 
-    NAME is a group, or "gates" for the gates of all groups.
+    NAME is a group that was run, or "gates" for the gates of all groups if all were.
 
     Raises:
         ValueError: the file has no such marker.
     """
     sections = {group["name"]: table(group, result) for group in result["groups"]}
-    sections["gates"] = gate_table([gate for group in result["groups"] for gate in group["gates"]])
-    head = markdown({**result, "groups": []})
+    if result["complete"]:
+        sections["gates"] = gate_table([gate for group in result["groups"] for gate in group["gates"]])
     text = Path(path).read_text()
     for name, lines in sections.items():
         begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"
         if begin in text:
             before, rest = text.split(begin)
-            text = "".join([before, begin, head, "\n", "\n".join(lines), "\n", end, rest.split(end)[1]])
+            section = "\n".join([_machine(result), "", *lines, end])
+            text = before + begin + section + rest.split(end)[1]
     if "<!-- bench " not in text:
         raise ValueError(f"--readme: {path} has no <!-- bench NAME: begin --> marker")
     Path(path).write_text(text)
