@@ -200,10 +200,10 @@ def voxelize(
 def atom_relevance(
     relevance: Tensor, coords: Tensor, channels: Tensor, ptr: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Shares the relevance of each voxel among the atoms of its channel in proportion to what each added to it.
+    """Shares the relevance of each voxel among the atoms of its channel in proportion to |weight * density| there.
 
-    This is layer-wise relevance propagation through a sum. What lies on voxels that hold 0 is lost; all else is
-    conserved.
+    For a density that is nowhere negative this is layer-wise relevance propagation through a sum. What lies on voxels
+    that no atom reaches is lost; all else is conserved.
 
     Args:
         relevance: [B, C, D, H, W], or [B, K, C, D, H, W] with K poses.
@@ -216,8 +216,8 @@ def atom_relevance(
     posed = relevance if poses else relevance[:, None]
     shares = coords.new_zeros(len(coords))
     for b, k, c, rows, values in _cells(coords, channels, ptr, **options):
-        total = values.sum(0)
-        share = torch.where(total == 0, 0.0, values / torch.where(total == 0, 1.0, total))
+        total = values.abs().sum(0)
+        share = torch.where(total == 0, 0.0, values.abs() / torch.where(total == 0, 1.0, total))
         shares = shares.index_add(0, rows, (share * posed[b, k, c]).sum((1, 2, 3)))
     return shares
 
