@@ -137,6 +137,31 @@ def test_every_density(density, combine, soft, device):
 
 
 @pytest.mark.parametrize("density", DENSITIES)
+def test_magnitude_adds_up_what_each_atom_is_alone(density, device):
+    coords, channels, ptr = batch(device=device)
+    weights = torch.linspace(-1, 1, len(coords), dtype=torch.float64, device=device)
+    options = {"shape": SHAPE, "num_channels": 3, "density": density, "cutoff": EXACT, **DENSITIES[density]}
+    alone = torch.arange(len(coords) + 1, device=device)
+
+    def wanted(coords, channels, ptr, weights, **options):
+        each = expected(coords, channels, alone, weights=weights, **options).abs()
+        return torch.stack([molecule.sum(0) for molecule in each.split(ptr.diff().tolist())])
+
+    def actual(*args, **options):
+        return ops.voxelize(*args, combine="magnitude", **options)
+
+    assert_near(
+        actual(coords, channels, ptr, weights=weights, **options),
+        wanted(coords, channels, ptr, weights, **options),
+        1e-12,
+    )
+    given = {"weights": weights, **options}
+    pairs = [pull(function, ["coords", "weights"], coords, channels, ptr, **given) for function in (actual, wanted)]
+    for a, w in zip(*pairs, strict=True):
+        assert_near(a, w, 1e-12)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
 def test_defaults(density, device):
     """One molecule, the density's own rule of combination, the default spacing."""
     coords, channels, _ = batch((9,), device=device)
@@ -713,6 +738,62 @@ class TestCompiled:
         assert_same(grid.detach(), ops.voxelize(coords, features.bfloat16().float(), ptr, **options))
         (grad,) = torch.autograd.grad(grid.sum(), leaf)
         assert grad.dtype == torch.bfloat16
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestCuda:
+    @staticmethod
+    def step(device, soft=False):
+        coords, channels, ptr = batch(soft=soft, dtype=torch.float32, device=device)
+        options = {**OUT, **poses(3, 2, dtype=torch.float32, device=device)}
+        return coords.requires_grad_(), channels, ptr, {**options, "num_channels": None if soft else 3}
+
+    @pytest.mark.parametrize("soft", [False, True], ids=["index", "features"])
+    def test_no_synchronisation(self, soft):
+        coords, channels, ptr, options = self.step("cuda", soft)
+        cotangent = torch.ones(3, 2, 3, *SHAPE, device="cuda")
+        ops.voxelize(coords, channels, ptr, **options).backward(cotangent)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            ops.voxelize(coords, channels, ptr, **options).backward(cotangent)
+            ops.voxelize(coords, channels, **{**options, "center": None, "rotation": None, "translation": None})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_graph(self):
+        """A training step, captured once and replayed for other coordinates."""
+        coords, channels, ptr, options = self.step("cuda")
+
+        def step():
+            return torch.autograd.grad(ops.voxelize(coords, channels, ptr, **options).square().sum(), coords)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            coords.mul_(0.8)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(captured, step())
+
+    def test_memory_is_the_output(self):
+        coords, channels, ptr, options = self.step("cuda")
+        del options["shape"]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            grid = ops.voxelize(coords, channels, ptr, shape=64, **options)
+        assert torch.cuda.max_memory_allocated() - before < 1.01 * grid.nbytes + 100_000
 
 
 # --- relevance --------------------------------------------------------------------------------------------------------
