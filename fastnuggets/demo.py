@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ SPACING = 0.5  # angstrom
 GATE = 0.5  # angstrom, between an atom and what counts as finding it
 LARGEST = 7.0  # angstrom, from the centre to the farthest heavy atom: a margin of an angstrom in the box of 16
 SMALLEST = 4  # heavy atoms
-SCALE_POWER = 0.75
+SCALE_POWER = 0.85
 NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviation, of an atom's peak
 
 
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     shown: int = 6
 
 
-STANDARD = Plan(records=None, steps=1500)
+STANDARD = Plan(records=None, steps=2000)
 QUICK = Plan(records=1200, steps=250, tested=32, shown=4)
 
 
@@ -113,8 +113,9 @@ class Result(NamedTuple):
     output: Tensor  # what the autoencoder made of them
     truth: Atoms
     found: Atoms  # in `output`
+    noise: float  # what find_atoms was told about `output`
     scores: dict[str, dict[str, list[Score]]]  # representation -> condition -> one a channel, and all
-    residual: list[float]  # [C] mean squared error of the test molecules over the grids' variance
+    residual: list[float]  # [C] mean squared error of the test molecules over the grids' mean square
     speed: dict[str, float]  # molecules a second
     seconds: dict[str, float]
 
@@ -122,13 +123,11 @@ class Result(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     args = _parser().parse_args(argv)
-    checkpoint = args.out / "checkpoint.pt"
     try:
         result = run(args.input, args.out, QUICK if args.quick else STANDARD, seed=args.seed, restart=args.restart)
     except KeyboardInterrupt as stop:
-        again = " ".join(["fastnuggets demo", *(sys.argv[2:] if argv is None else argv)])
-        kept = f"{checkpoint} is kept" if isinstance(stop, Interrupted) else "finished conformers are kept"
-        print(f"\nfastnuggets: interrupted; {kept}. To go on: {again.replace(' --fresh', '')}", file=sys.stderr)
+        kept = f"{args.out / 'checkpoint.pt'} is" if isinstance(stop, Interrupted) else "finished conformers are"
+        print(f"\nfastnuggets: interrupted; {kept} kept. The same command goes on from there", file=sys.stderr)
         return 130
     from fastnuggets import report
 
@@ -290,10 +289,10 @@ def train(
         return channel_loss(model(grid), grid, model.scale)
 
     settings = {**plan._asdict(), "seed": seed, "molecules": len(molecules), "atoms": len(molecules.numbers)}
-    if restart or (restart is None and not _continues(path, settings)):
-        path.unlink(missing_ok=True)
-    elif restart is False and not path.exists():
+    if restart is False and not path.exists():
         raise ValueError(f"{path}: there is no checkpoint to resume from")
+    if restart or not (_continues(path, settings) or restart is False):
+        path.unlink(missing_ok=True)
     checkpoint = fit(
         model,
         loss,
@@ -337,7 +336,7 @@ def _measure(
         for level in NOISE:
             noisy = grid + level * torch.randn(grid.shape, generator=generator)
             began = time.perf_counter()
-            found = recover(noisy, representation)
+            found = recover(noisy, representation, level)
             if level == 0.1:
                 speed[f"find atoms, {representation.name}"] = len(test) / (time.perf_counter() - began)
             scores[representation.name][f"{level:.0%} noise" if level else "clean"] = compare(found, truth)
@@ -345,7 +344,8 @@ def _measure(
     # What the network does not give back is what find_atoms must take for noise; known molecules tell how much.
     known = data.train[: plan.tested]
     known_grid = draw(known, WAVE, plan.shape, random_pose(len(known), generator, SPACING / 2))
-    found = recover(output, WAVE, _error(reconstruct(model, known_grid), known_grid))
+    noise = _error(reconstruct(model, known_grid), known_grid)
+    found = recover(output, WAVE, noise)
     scores[WAVE.name]["autoencoder"] = compare(found, truth)
     speed["autoencoder, forward"] = _rate(lambda: reconstruct(model, grid), len(test))
     return Result(
@@ -358,8 +358,9 @@ def _measure(
         output,
         truth,
         found,
+        noise,
         scores,
-        ((output - grid).square().mean((0, 2, 3, 4)) / grid.square().mean((0, 2, 3, 4)).clamp(min=1e-12)).tolist(),
+        ((output - grid).square().mean((0, 2, 3, 4)) / grid.square().mean((0, 2, 3, 4))).tolist(),
         speed,
         seconds,
     )
@@ -369,11 +370,9 @@ def reconstruct(model: WaveAutoencoder, grid: Tensor) -> Tensor:
     return torch.cat([model(part) for part in grid.split(16)])
 
 
-def _error(output: Tensor, grid: Tensor) -> Tensor:
-    """[C] rms error of the voxels where there is something to see."""
-    seen = grid.abs() > 0.05
-    error = torch.where(seen, output - grid, 0.0).square().sum((0, 2, 3, 4))
-    return (error / seen.sum((0, 2, 3, 4)).clamp(min=1)).sqrt()
+def _error(output: Tensor, grid: Tensor) -> float:
+    """Rms error of the voxels where there is something to see."""
+    return (output - grid)[grid.abs() > 0.05].square().mean().sqrt().item()
 
 
 def _rate(function: Callable[[], object], count: int, least: float = 0.5) -> float:
@@ -399,7 +398,7 @@ def _atoms(positions: Tensor, channel: Tensor, owner: Tensor, count: int) -> Ato
     return Atoms(positions[order], channel[order], torch.ones(len(order)), ptr, torch.zeros(count, len(CHANNELS)))
 
 
-def recover(grid: Tensor, representation: Representation, noise: Tensor | None = None) -> Atoms:
+def recover(grid: Tensor, representation: Representation, noise: float) -> Atoms:
     """The atoms a grid shows; of a one-hot grid, which has no kernel to undo, the centres of voxels above one half."""
     if representation.sigma is not None:
         return find_atoms(

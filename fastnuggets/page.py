@@ -78,7 +78,7 @@ shown to it in training.</p>
 <section>
 <h2>Turn one</h2>
 <p>Left: the molecule that went in. Right: the atoms found in what the autoencoder returned. The glass is where
-the wave is in its trough, the beads are its crests. Drag to turn both.</p>
+the wave is in its trough, around every atom. Drag to turn both.</p>
 <div class="pick" id="names"></div>
 <div class="views">
 <div class="view"><canvas id="before" aria-label="The molecule that went in"></canvas><span>put in</span></div>
@@ -86,8 +86,8 @@ the wave is in its trough, the beads are its crests. Drag to turn both.</p>
 </div>
 <div class="pick"><div class="legend">$legend</div><div class="gap"></div>
 <button data-layer="atoms" aria-pressed="true">atoms</button>
-<button data-layer="crests" aria-pressed="false">crests</button>
-<button data-layer="glass" aria-pressed="true">troughs</button></div>
+<button data-layer="beads" aria-pressed="false">Wiener inverse</button>
+<button data-layer="glass" aria-pressed="true">wave troughs</button></div>
 <div class="smiles" id="smiles"></div>
 <p class="note">A pink ring marks an atom found where there is none, or of another element; a dashed circle an atom that
 was missed. Bonds are drawn between atoms as near as a bond, on both sides alike.</p>
@@ -96,8 +96,8 @@ was missed. Bonds are drawn between atoms as near as a bond, on both sides alike
 
 <section>
 <h2>Before and after</h2>
-<p>The same surfaces of $tested-molecule test data, lying flat: crests of the wave (+0.35 of an atom's peak) in the colour
-of the element, troughs (−0.30) as glass.</p>
+<p>Test molecules lying flat. Glass: the troughs of the wave grid (−0.3 of an atom's peak). Beads, in the colour of the
+element: its Wiener inverse, at one half of an atom's peak. Both are made in the same way from both grids.</p>
 <div class="rows"><div class="side"><span>the grid</span><span>after the autoencoder</span></div>$gallery</div>
 </section>
 
@@ -107,7 +107,7 @@ of the element, troughs (−0.30) as glass.</p>
 empty; a Gaussian fills space but melts neighbours into one; a wave fills as much space and keeps them apart.</p>
 <div class="heads"><span>one-hot</span><span>Gaussian, σ 0.5 Å</span><span>Gaussian, σ 1 Å</span><span>wave, σ $sigma Å, ω $omega / Å</span></div>
 $slices
-<p class="note">Teal is positive, orange negative, and the opacity is the value. The one-hot picture shows all planes at once,
+<p class="note">Teal is positive, orange negative, the opacity is the value. The one-hot picture shows all planes at once,
 or it would be empty.</p>
 </section>
 
@@ -163,7 +163,7 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
 (function () {
   "use strict";
   var data = JSON.parse(document.getElementById("data").textContent), colors = $colors;
-  var layers = { atoms: true, crests: false, glass: true }, chosen = 0, span = 1, moved = false;
+  var layers = { atoms: true, beads: false, glass: true }, chosen = 0, span = 1, moved = false;
   var turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   var light = [-0.4, 0.55, 0.73], sprites = {};
 
@@ -224,7 +224,7 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
     }
     for (var f = 0; f < side.kinds.length; f++) {
       var kind = side.kinds[f];
-      if (!layers[kind < 0 ? "glass" : "crests"]) continue;
+      if (!layers[kind < 0 ? "glass" : "beads"]) continue;
       var a = 3 * side.faces[3 * f], b = 3 * side.faces[3 * f + 1], c = 3 * side.faces[3 * f + 2];
       var u = [seen[b] - seen[a], seen[b + 1] - seen[a + 1], seen[b + 2] - seen[a + 2]];
       var v = [seen[c] - seen[a], seen[c + 1] - seen[a + 1], seen[c + 2] - seen[a + 2]];

@@ -21,14 +21,22 @@ from torch import Tensor
 from fastnuggets import __version__
 from fastnuggets.demo import CHANNELS, GATE, REPRESENTATIONS, SPACING, WAVE, Result, Score, draw, match
 from fastnuggets.molecules.files import need
+from fastnuggets.ops.inverse import deconvolve
 from fastnuggets.page import PAGE
 
 COLORS = ("#6f7b8b", "#3366e6", "#e5484d", "#e2a400", "#2ba35a")  # of CHANNELS
 POSITIVE, NEGATIVE = "#1d7f8c", "#e07a3f"
 SERIES = {"one-hot": "#8b8d98", "Gaussian, narrow": "#c98a2b", "Gaussian, wide": "#b0568f", "wave": "#2f6fed"}
-CORE, HULL = 0.35, -0.30  # levels of the surfaces, of an atom's peak
+BEAD, GLASS = 0.5, 0.3  # levels of the surfaces, of an atom's peak; glass is below minus this
 BOND = {"C": 0.76, "N": 0.71, "O": 0.66, "S": 1.05, "halogen": 1.1}  # covalent radii, angstrom; the halogens' between Cl and Br
 INK = "#010203"  # replaced by the text colour of the page
+
+
+class Volumes(NamedTuple):
+    """What of one molecule's grid is drawn, at half the grid's spacing."""
+
+    troughs: Tensor  # [D, H, W] minus the lowest of the channels
+    peaks: Tensor  # [C, D, H, W] Wiener inverse, 1 at an atom
 
 
 class Mesh(NamedTuple):
@@ -36,7 +44,7 @@ class Mesh(NamedTuple):
 
     points: np.ndarray  # [n, 3] angstrom
     faces: np.ndarray  # [m, 3]
-    kind: np.ndarray  # [m] channel, or -1 for the hull
+    kind: np.ndarray  # [m] channel, or -1 for the glass
 
 
 class Shown(NamedTuple):
@@ -51,8 +59,8 @@ class Shown(NamedTuple):
     found_channels: np.ndarray
     right: np.ndarray  # [m] bool
     missed: np.ndarray  # [n] bool
-    before: Mesh
-    after: Mesh
+    before: Volumes
+    after: Volumes
 
 
 def write(result: Result, out: Path) -> Path:
@@ -82,7 +90,7 @@ def write(result: Result, out: Path) -> Path:
         element_table=_element_table(result),
         condition_table=_condition_table(result),
         details=_details(result),
-        residual=", ".join(f"{name} {value:.2f}" for name, value in zip(CHANNELS, result.residual, strict=True)),
+        residual=", ".join(f"{name} {_length(value)}" for name, value in zip(CHANNELS, result.residual, strict=True)),
         speed_table=_speed_table(result),
         train_molecules=f"{len(result.data.train):,}",
         read=f"{result.data.read:,}",
@@ -128,27 +136,37 @@ def _shown(result: Result, index: int) -> Shown:
     missed = torch.ones(len(truth.positions), dtype=torch.bool)
     missed[partner[partner >= 0]] = False
     positions = truth.positions[t0:t1]
-    flat = torch.linalg.svd(positions - positions.mean(0)).Vh
-    axes = flat * torch.tensor([1.0, 1.0, torch.linalg.det(flat).sign().item()])[:, None]
     return Shown(
         result.data.test.names[index],
         result.data.test.smiles[index],
-        axes.numpy(),
+        _flat_axes(positions).numpy(),
         positions.numpy(),
         truth.channels[t0:t1].numpy(),
         found.positions[f0:f1].numpy(),
         found.channels[f0:f1].numpy(),
         (partner[f0:f1] >= 0).numpy(),
         missed[t0:t1].numpy(),
-        _surfaces(result.grid[index]),
-        _surfaces(result.output[index]),
+        _volumes(result.grid[index], 0.0),
+        _volumes(result.output[index], result.noise),
     )
 
 
-def _surfaces(grid: Tensor) -> Mesh:
-    """Of one molecule [C, D, H, W]: the crests of each channel, and the hull of the troughs of all together."""
-    parts = [_surface(_finer(channel), CORE, SPACING / 2, kind) for kind, channel in enumerate(grid)]
-    parts.append(_surface(grid.amin(0), HULL, SPACING, -1))
+def _flat_axes(positions: Tensor) -> Tensor:
+    """[3, 3] rotation that lays the atoms as flat as they go, the longest way to the right."""
+    axes = torch.linalg.svd(positions - positions.mean(0), full_matrices=True).Vh
+    return axes * torch.tensor([1.0, 1.0, torch.linalg.det(axes).sign().item()])[:, None]
+
+
+def _volumes(grid: Tensor, noise: float) -> Volumes:
+    peaks = deconvolve(grid[None], sigma=WAVE.sigma, omega=WAVE.omega, spacing=SPACING, noise=noise)[0]
+    return Volumes(-torch.stack([_finer(channel) for channel in grid]).amin(0), torch.stack([_finer(x) for x in peaks]))
+
+
+def _surfaces(volumes: Volumes) -> Mesh:
+    parts = [_surface(channel, BEAD, SPACING / 2, kind) for kind, channel in enumerate(volumes.peaks)]
+    # The glass is smooth and large: the coarse grid is enough for it, and quicker to turn.
+    coarse = torch.nn.functional.avg_pool3d(volumes.troughs[None], 2)[0]
+    parts.append(_surface(coarse, GLASS, SPACING, -1))
     offsets = np.cumsum([0, *(len(part.points) for part in parts[:-1])])
     return Mesh(
         np.concatenate([part.points for part in parts]),
@@ -162,7 +180,7 @@ def _surface(volume: Tensor, level: float, spacing: float, kind: int) -> Mesh:
     if not values.min() < level < values.max():
         return Mesh(np.empty((0, 3)), np.empty((0, 3), np.int64), np.empty(0, np.int64))
     marching_cubes = need("skimage.measure").marching_cubes
-    points, faces, *_ = marching_cubes(values, level, gradient_direction="descent" if level > 0 else "ascent")
+    points, faces, *_ = marching_cubes(values, level, gradient_direction="ascent")  # normals outwards
     middle = (np.array(volume.shape) - 1) / 2
     return Mesh((points - middle) * spacing, faces.astype(np.int64), np.full(len(faces), kind))
 
@@ -188,7 +206,8 @@ def _bonds(positions: np.ndarray, kinds: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _viewer(molecule: Shown) -> dict[str, Any]:
-    def side(positions: np.ndarray, kinds: np.ndarray, good: np.ndarray, mesh: Mesh) -> dict[str, Any]:
+    def side(positions: np.ndarray, kinds: np.ndarray, good: np.ndarray, volumes: Volumes) -> dict[str, Any]:
+        mesh = _surfaces(volumes)
         return {
             "atoms": [
                 [*(round(float(value), 3) for value in place), int(kind), int(right)]
@@ -203,7 +222,7 @@ def _viewer(molecule: Shown) -> dict[str, Any]:
     before = side(molecule.truth, molecule.truth_channels, ~molecule.missed, molecule.before)
     after = side(molecule.found, molecule.found_channels, molecule.right, molecule.after)
     after["missed"] = [atom[:4] for atom in before["atoms"] if not atom[4]]
-    return {"name": molecule.name, "smiles": molecule.smiles, "before": before, "after": after}
+    return {"name": f"molecule {molecule.name}" if molecule.name.isdigit() else molecule.name, "smiles": molecule.smiles, "before": before, "after": after}
 
 
 def _packed(values: np.ndarray, kind: type) -> str:
@@ -232,26 +251,52 @@ def _image(png: bytes, alternative: str) -> str:
     return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _paint_mesh(axis: Any, mesh: Mesh, axes: np.ndarray, hull: float = 0.10) -> None:
-    """Triangles from back to front, lit from the upper left."""
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import to_rgb
+def _render(volumes: Volumes, axes: np.ndarray, frame: Sequence[float], size: int = 360) -> np.ndarray:
+    """RGBA [height, size, 4] of what one sees looking along the third axis; `frame` is half the box looked at.
 
-    corners = (mesh.points @ axes.T)[mesh.faces]  # [m, 3, 3]
-    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-12
-    light = np.array([-0.4, 0.55, 0.73])
-    shade = np.where(mesh.kind < 0, np.abs(normal @ light), np.clip(normal @ light, 0, 1))
-    palette = np.array([to_rgb(color) for color in (*COLORS, "#7fa7d9")])  # the last one, kind -1, is the hull
-    lit = palette[mesh.kind] * (0.45 + 0.55 * shade)[:, None] + 0.25 * (shade**12)[:, None]
-    # A hull seen edge-on is thick: that is what makes it look like glass.
-    alpha = np.where(mesh.kind < 0, hull + 0.35 * (1 - np.abs(normal[:, 2])) ** 2, 1.0)
-    colors = np.concatenate([np.clip(lit, 0, 1), alpha[:, None]], 1)
-    order = np.argsort(corners[:, :, 2].mean(1))
-    axis.add_collection(
-        PolyCollection(corners[order, :, :2], facecolors=colors[order], edgecolors="none", antialiased=False)
-    )
-    _frame(axis, mesh.points @ axes.T)
+    One ray a pixel: the beads are opaque, the glass before them is denser where it is seen edge-on.
+    """
+    right, up, near = frame
+    depth = torch.linspace(near, -near, math.ceil(2 * near / 0.2))  # a ray's steps are finer than a bead
+    rows = torch.linspace(-up, up, round(size * up / right))
+    z, y, x = torch.meshgrid(depth, rows, torch.linspace(-right, right, size), indexing="ij")
+    turn = torch.from_numpy(axes)
+
+    def image(volume: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whether a ray meets the surface, how deep, its normal there, and the point."""
+        values = _sample(volume[None], torch.stack([x, y, z], -1) @ turn)[0]
+        inside = values > level
+        first = inside.int().argmax(0, keepdim=True).clamp(min=1)
+        here, before = values.gather(0, first), values.gather(0, first - 1)
+        part = ((here - level) / (here - before).clamp(min=1e-6)).clamp(0, 1)
+        meets = depth[first] + part * (depth[0] - depth[1])
+        point = torch.stack([x[:1], y[:1], meets], -1) @ turn
+        slope = _sample(torch.stack(torch.gradient(volume)), point)  # [3, 1, size, size]
+        normal = torch.nn.functional.normalize(-slope.movedim(0, -1) @ turn.T, dim=-1)
+        return inside.any(0), meets[0], normal[0], point
+
+    bead, bead_depth, bead_normal, point = image(volumes.peaks.amax(0), BEAD)
+    glass, glass_depth, glass_normal, _ = image(volumes.troughs, GLASS)
+    kind = _sample(volumes.peaks, point)[:, 0].argmax(0)
+    light = torch.nn.functional.normalize(torch.tensor([-0.4, 0.55, 0.73]), dim=0)
+    palette = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in COLORS])
+    lit = (bead_normal @ light).clamp(0, 1)[..., None]
+    color = torch.where(bead[..., None], palette[kind] * (0.4 + 0.6 * lit) + 0.5 * lit**24, 0.0)
+    shine = (glass_normal @ light).clamp(0, 1)[..., None] ** 30
+    veil = 0.13 + 0.6 * (1 - glass_normal[..., 2].abs()[..., None]) ** 2 + 0.25 * shine
+    veil = torch.where((glass & (~bead | (glass_depth > bead_depth)))[..., None], veil, 0.0)
+    tint = torch.tensor([0.44, 0.60, 0.83]) * (1 - shine) + shine
+    solid = bead[..., None].float()
+    alpha = veil + (1 - veil) * solid
+    mixed = (veil * tint + (1 - veil) * solid * color) / alpha.clamp(min=1e-6)
+    return torch.cat([mixed, alpha], -1).clamp(0, 1).flip(0).numpy()
+
+
+def _sample(volume: Tensor, points: Tensor) -> Tensor:
+    """[C, D, H, W] at points [Z, Y, X, 3] (angstrom) -> [C, Z, Y, X]; zero outside."""
+    edge = torch.tensor(volume.shape[1:]) * SPACING / 4
+    places = (points / edge).flip(-1)[None].float()
+    return torch.nn.functional.grid_sample(volume[None], places, align_corners=False)[0]
 
 
 def _paint_atoms(
@@ -275,7 +320,6 @@ def _paint_atoms(
             )
         if wrong is not None and wrong[index]:
             axis.add_patch(Circle((x, y), 0.6, fill=False, edgecolor="#d6208b", lw=2, zorder=z + 1))
-    _frame(axis, flat)
 
 
 def _lighter(color: str, amount: float) -> tuple[float, ...]:
@@ -284,23 +328,20 @@ def _lighter(color: str, amount: float) -> tuple[float, ...]:
     return tuple(value + (1 - value) * amount for value in to_rgb(color))
 
 
-def _frame(axis: Any, points: np.ndarray) -> None:
-    axis.set_aspect("equal")
-    axis.axis("off")
-    if len(points):
-        half = np.abs(points[:, :2]).max() + 0.4
-        axis.set_xlim(-half, half)
-        axis.set_ylim(-half, half)
+def _frame(molecule: Shown) -> tuple[float, float, float]:
+    """Half the box, four wide and three high, that holds the molecule lying flat and its waves."""
+    right, up, near = np.abs(molecule.truth @ molecule.axes.T).max(0) + 1.6
+    right = max(right, up / 0.75)
+    return float(right), float(0.75 * right), float(near)
 
 
 def _gallery(shown: Sequence[Shown]) -> bytes:
-    figure, axes = _pyplot().subplots(2, len(shown), figsize=(2.5 * len(shown), 5.0), squeeze=False)
-    figure.subplots_adjust(0, 0, 1, 1, 0.02, 0.02)
-    for (above, below), molecule in zip(axes.T, shown, strict=True):
-        _paint_mesh(above, molecule.before, molecule.axes)
-        _paint_mesh(below, molecule.after, molecule.axes)
-        below.set_xlim(above.get_xlim())
-        below.set_ylim(above.get_ylim())
+    figure, axes = _pyplot().subplots(2, len(shown), figsize=(2.4 * len(shown), 3.6), squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1, 0, 0)
+    for column, molecule in zip(axes.T, shown, strict=True):
+        for axis, volumes in zip(column, (molecule.before, molecule.after), strict=True):
+            axis.imshow(_render(volumes, molecule.axes, _frame(molecule)))
+            axis.axis("off")
     return _png(figure)
 
 
@@ -309,18 +350,13 @@ def _signed(values: np.ndarray) -> np.ndarray:
     from matplotlib.colors import to_rgb
 
     colors = np.where((values > 0)[..., None], to_rgb(POSITIVE), to_rgb(NEGATIVE))
-    return np.concatenate([colors, np.clip(np.abs(values), 0, 1)[..., None] ** 0.8], -1)
+    return np.concatenate([colors, (np.abs(values) / np.abs(values).max())[..., None]], -1)
 
 
 def _flat_slices(result: Result, molecule: Shown) -> list[np.ndarray]:
     """The middle plane of the molecule in each representation, channels added."""
-    index = result.data.test.names.index(molecule.name)
-    one = result.data.test[index]
-    center = torch.from_numpy(molecule.truth.mean(0))
-    own_axes = torch.linalg.svd(one.coords - one.coords.mean(0)).Vh
-    turn = own_axes * torch.tensor([1.0, 1.0, torch.linalg.det(own_axes).sign().item()])[:, None]
-    pose = {"rotation": turn[None], "translation": torch.zeros(1, 3)}
-    del center
+    one = result.data.test[result.data.test.names.index(molecule.name)]
+    pose = {"rotation": _flat_axes(one.coords)[None], "translation": torch.zeros(1, 3)}
     slices = []
     for representation in REPRESENTATIONS:
         grid = draw(one, representation, result.plan.shape, pose)[0].sum(0)
@@ -343,18 +379,18 @@ def _slices(result: Result, molecule: Shown) -> bytes:
 
 
 def _preview(result: Result, molecule: Shown) -> bytes:
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.9), facecolor="white")
-    figure.subplots_adjust(0.005, 0.01, 0.995, 0.86, 0.02, 0)
-    titles = ("a molecule", "its wave grid, as surfaces", "after the autoencoder", "atoms found in that")
+    figure, axes = _pyplot().subplots(1, 4, figsize=(14, 3.05), facecolor="white")
+    figure.subplots_adjust(0.005, 0.01, 0.995, 0.89, 0.02, 0)
+    right, up, _ = frame = _frame(molecule)
     _paint_atoms(axes[0], molecule.truth, molecule.truth_channels, molecule.axes)
-    _paint_mesh(axes[1], molecule.before, molecule.axes)
-    _paint_mesh(axes[2], molecule.after, molecule.axes)
+    for axis, volumes in zip(axes[1:3], (molecule.before, molecule.after), strict=True):
+        axis.imshow(_render(volumes, molecule.axes, frame), extent=(-right, right, -up, up))
     _paint_atoms(axes[3], molecule.found, molecule.found_channels, molecule.axes, ~molecule.right)
+    titles = ("a molecule", "as a wave grid", "after the autoencoder", "the atoms found in that")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_xlim(axes[1].get_xlim())
-        axis.set_ylim(axes[1].get_ylim())
-        axis.set_title(title, fontsize=14, color="#333", y=1.02)
+        axis.set(xlim=(-right, right), ylim=(-up, up), aspect="equal")
+        axis.axis("off")
+        axis.set_title(title, fontsize=14, color="#333")
     return _png(figure, 110, transparent=False, facecolor="white")
 
 
