@@ -1,5 +1,7 @@
 """The promises every op makes (CONTRIBUTING.md lists them), checked for every OpCase on every device at hand."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -124,6 +126,15 @@ def test_same_bits_for_any_number_of_threads(case, threads):
             results.append(outputs + (pull(outputs, leaves) if case.differentiable else ()))
         assert_same_bits(results[1], results[0], name)
         assert_same_bits(results[2], results[0], name)
+
+
+def test_calls_from_several_threads(case, device):
+    """The binding gives up the GIL: calls that run side by side must not share anything."""
+    samples = [args for _, args in each(case, device, torch.float32)] * 3
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda args: case(*args), samples))
+    for outputs, args in zip(together, samples, strict=True):
+        assert_same_bits(outputs, case(*args))
 
 
 def test_inputs_are_left_alone(case, device):

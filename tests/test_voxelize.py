@@ -330,7 +330,7 @@ def test_many_atoms(combine, density, device):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "features"])
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("combine", [*COMBINE, "magnitude"])
 @pytest.mark.parametrize("density", DENSITIES)
 def test_second_derivatives(density, combine, soft, device):
     coords, channels, ptr = batch((2, 1), channels=2, soft=soft, device=device)
