@@ -6,9 +6,9 @@ from fastnuggets._build import check_build
 
 check_build()
 
-from fastnuggets import _C, interop, ops  # noqa: E402
+from fastnuggets import _C, interop, nn, ops  # noqa: E402
 
-__all__ = ["__version__", "build_info", "interop", "ops"]
+__all__ = ["__version__", "build_info", "interop", "nn", "ops"]
 
 
 def build_info() -> dict[str, object]:
