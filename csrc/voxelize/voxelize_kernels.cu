@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 #include "common/launch.cuh"
 #include "voxelize/voxelize_cuda.h"
@@ -238,7 +239,7 @@ __device__ R tangent_at(const R* tangent, int64_t at) {
 constexpr int kPlaceThreads = 128;
 
 template <class T>
-__global__ void __launch_bounds__(kPlaceThreads)
+__global__ void __launch_bounds__(kPlaceThreads, 1)
     place_entries(const __grid_constant__ Molecules<Real<T>> m, const __grid_constant__ Tangent<Real<T>> tangent,
                   const __grid_constant__ Grid grid, const __grid_constant__ Entries<T> entries) {
   const int64_t e = int64_t(blockIdx.x) * kPlaceThreads + threadIdx.x;
@@ -351,15 +352,19 @@ constexpr int kTileSlots = kTilePlanes + kTileRows + kTileColumns;
 
 // A thread has so many groups of four voxels: many, to spread what a tile costs, but their sums must stay in registers.
 template <class T>
-constexpr int kQuads = std::is_same_v<T, float>          ? 6
-                       : std::is_same_v<T, Dual<double>> ? 2
-                                                         : 4;
+constexpr int kQuads = 4;
+template <>
+constexpr int kQuads<float> = 5;
+template <>
+constexpr int kQuads<Dual<double>> = 2;
 
 // Blocks that a multiprocessor should hold, so that some write while others look for their atoms.
 template <class T>
-constexpr int kTileBlocks = std::is_same_v<T, float>          ? 3
-                            : std::is_same_v<T, Dual<double>> ? 1
-                                                              : 2;
+constexpr int kTileBlocks = 2;
+template <>
+constexpr int kTileBlocks<float> = 3;
+template <>
+constexpr int kTileBlocks<Dual<double>> = 1;
 
 // Division of a number below 2^31 by one multiplication. A block finds its place by a chain of divisions, which done
 // the plain way would cost an empty tile more than its zeros.
@@ -448,20 +453,38 @@ __device__ Tile tile_of(const Tiling& tiling, const Grid& grid, unsigned block) 
   return t;
 }
 
-// A thread's group number i in the tile; plane >= extent[0]: there is none.
-struct Place {
-  int plane, row, quad;
-
+// Where in the tile a thread's group is, in one register; a plane beyond the tile's: there is no such group.
+class Place {
+ public:
   __device__ Place(const Tiling& tiling, int i) {
     unsigned rest = unsigned(i * kTileThreads) + threadIdx.x;
-    quad = int(tiling.by_quads.split(rest));
-    row = int(tiling.by_rows.split(rest));
-    plane = int(rest);
+    const unsigned quad = tiling.by_quads.split(rest), row = tiling.by_rows.split(rest);
+    packed_ = rest << 16 | row << 8 | quad;
   }
-  __device__ bool is_in(const Tile& t) const { return plane < t.planes && row < t.rows; }
+  __device__ int plane() const { return int(packed_ >> 16); }
+  __device__ int row() const { return int(packed_ >> 8 & 255); }
+  __device__ int quad() const { return int(packed_ & 255); }
+  __device__ bool is_in(const Tile& t) const { return plane() < t.planes && row() < t.rows; }
   __device__ unsigned offset(const Tiling& tiling) const {
-    return unsigned(plane) * tiling.plane_stride + unsigned(row) * tiling.row_stride;
+    return unsigned(plane()) * tiling.plane_stride + unsigned(row()) * tiling.row_stride;
   }
+
+ private:
+  unsigned packed_;
+};
+static_assert(kTileRows + kTilePlanes <= 256 && kTileColumns / 4 <= 256);
+
+// The groups of one thread: their places and what atoms add to their voxels.
+template <class T>
+struct Quads {
+  Place place[kQuads<T>];
+  T sum[kQuads<T>][4] = {};
+
+  __device__ explicit Quads(const Tiling& tiling) : Quads(tiling, std::make_integer_sequence<int, kQuads<T>>()) {}
+
+ private:
+  template <int... i>
+  __device__ Quads(const Tiling& tiling, std::integer_sequence<int, i...>) : place{Place(tiling, i)...} {}
 };
 
 template <class T>
@@ -501,8 +524,8 @@ __device__ void add_atom(const TileShared<T>& s, int a, Combine rule, const Tili
                          T (&sum)[4]) {
   const T* value = s.value[a];
   const T* square = s.square[a];
-  const int row = tiling.extent[0] + place.row, column = tiling.extent[0] + tiling.extent[1] + place.quad;
-  const T envelope = value[place.plane] * value[row];
+  const int row = tiling.extent[0] + place.row(), column = tiling.extent[0] + tiling.extent[1] + place.quad();
+  const T envelope = value[place.plane()] * value[row];
   if constexpr (F == Family::product) {
     if (is_zero(envelope)) return;
     if (rule == Combine::sum) {
@@ -512,7 +535,7 @@ __device__ void add_atom(const TileShared<T>& s, int a, Combine rule, const Tili
     }
   } else {
     const Placed<T>& placed = s.placed[a];
-    const T in_plane = square[place.plane] + square[row];
+    const T in_plane = square[place.plane()] + square[row];
     if (value_of(in_plane) > placed.shape.reach_squared) return;
     for (int i = 0; i < 4; ++i) {
       const T q = in_plane + square[column + i * tiling.quads];
@@ -531,8 +554,20 @@ struct ForwardJob {
   Tiling tiling;
 };
 
+// Whether any atom reaches the tile: mostly none does, and then nothing is set up for them.
+template <class T>
+__device__ bool is_reached(const ForwardJob<T>& job, const Tile& tile) {
+  const int64_t end = job.entries.ptr[tile.molecule + 1];
+  const Footprint* footprints = job.entries.footprints + job.entries.first_of(tile.pose, tile.channel);
+  bool reached = false;
+#pragma unroll 1
+  for (int64_t n = job.entries.ptr[tile.molecule] + threadIdx.x; n < end; n += kTileThreads)
+    reached = reached | reaches(load(footprints + n), tile.channel, tile.box);
+  return __syncthreads_count(reached) > 0;
+}
+
 template <Family F, class T>
-__device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile& tile, T (&sums)[kQuads<T>][4]) {
+__device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile& tile, Quads<T>& quads) {
   const int64_t begin = job.entries.ptr[tile.molecule], end = job.entries.ptr[tile.molecule + 1];
   const int64_t entries = job.entries.first_of(tile.pose, tile.channel);
   for (int64_t n = begin; n < end; n += kTileThreads) {
@@ -545,10 +580,9 @@ __device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kQuads<T>; ++i) {
-        const Place place(job.tiling, i);
-        if (place.plane >= job.tiling.extent[0]) break;
+        if (quads.place[i].plane() >= job.tiling.extent[0]) break;
 #pragma unroll 1
-        for (int a = 0; a < count; ++a) add_atom<F>(s, a, job.grid.combine, job.tiling, place, sums[i]);
+        for (int a = 0; a < count; ++a) add_atom<F>(s, a, job.grid.combine, job.tiling, quads.place[i], quads.sum[i]);
       }
       __syncthreads();
     }
@@ -556,20 +590,21 @@ __device__ void add_atoms(TileShared<T>& s, const ForwardJob<T>& job, const Tile
 }
 
 template <class T, class Element>
-__device__ void write_tile(const Tiling& tiling, const Tile& tile, const T (&sums)[kQuads<T>][4], void* out) {
+__device__ void write_tile(const Tiling& tiling, const Tile& tile, const Quads<T>& quads, void* out) {
   Element* const to = static_cast<Element*>(out) + tile.origin;
 #pragma unroll
   for (int i = 0; i < kQuads<T>; ++i) {
-    const Place place(tiling, i);
+    const Place place = quads.place[i];
     if (!place.is_in(tile)) continue;
-    const Real<T> values[4] = {result(sums[i][0]), result(sums[i][1]), result(sums[i][2]), result(sums[i][3])};
+    const T(&sum)[4] = quads.sum[i];
+    const Real<T> values[4] = {result(sum[0]), result(sum[1]), result(sum[2]), result(sum[3])};
     if (tiling.adjacent) {
-      if (4 * place.quad < tile.columns) store_quad(to + place.offset(tiling) + 4 * place.quad, values);
+      if (4 * place.quad() < tile.columns) store_quad(to + (place.offset(tiling) + 4u * place.quad()), values);
       continue;
     }
     for (int j = 0; j < 4; ++j) {
-      const int column = tiling.column(place.quad, j);
-      if (column < tile.columns) store(to + place.offset(tiling) + column, values[j]);
+      const int column = tiling.column(place.quad(), j);
+      if (column < tile.columns) store(to + (place.offset(tiling) + unsigned(column)), values[j]);
     }
   }
 }
@@ -579,17 +614,17 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     voxelize_tiles(const __grid_constant__ ForwardJob<T> job, void* out, Dtype dtype) {
   FN_SHARED(TileShared<T>, shared);
   const Tile tile = tile_of(job.tiling, job.grid, blockIdx.x);
-  T sums[kQuads<T>][4] = {};
-  add_atoms<F>(shared, job, tile, sums);
+  Quads<T> quads(job.tiling);
+  if (is_reached(job, tile)) add_atoms<F>(shared, job, tile, quads);
   switch (dtype) {
     case Dtype::float32:
-      return write_tile<T, float>(job.tiling, tile, sums, out);
+      return write_tile<T, float>(job.tiling, tile, quads, out);
     case Dtype::float64:
-      return write_tile<T, double>(job.tiling, tile, sums, out);
+      return write_tile<T, double>(job.tiling, tile, quads, out);
     case Dtype::float16:
-      return write_tile<T, __half>(job.tiling, tile, sums, out);
+      return write_tile<T, __half>(job.tiling, tile, quads, out);
     default:
-      return write_tile<T, __nv_bfloat16>(job.tiling, tile, sums, out);
+      return write_tile<T, __nv_bfloat16>(job.tiling, tile, quads, out);
   }
 }
 
@@ -627,24 +662,25 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   FN_SHARED(TileShared<R>, shared);
   FN_SHARED(int[kTileThreads / kWarp], warp_sums);
   const Tile tile = tile_of(job.tiling, job.grid, blockIdx.x);
-  R sums[kQuads<R>][4] = {};
-  add_atoms<F>(shared, job, tile, sums);
+  Quads<R> quads(job.tiling);
+  if (is_reached(job, tile)) add_atoms<F>(shared, job, tile, quads);
   int64_t written = out.counts == nullptr ? out.before[blockIdx.x] : 0;
 #pragma unroll
   for (int i = 0; i < kQuads<R>; ++i) {
-    const Place place(job.tiling, i);
+    const Place place = quads.place[i];
+    const R(&sum)[4] = quads.sum[i];
     const auto filled = [&](int j) {
-      return place.is_in(tile) && 4 * place.quad + j < tile.columns && sums[i][j] != R(0);
+      return place.is_in(tile) && 4 * place.quad() + j < tile.columns && sum[j] != R(0);
     };
     int total;
     int64_t at = written + sum_before(warp_sums, filled(0) + filled(1) + filled(2) + filled(3), total);
     written += total;
     for (int j = 0; j < 4; ++j) {
       if (out.counts != nullptr || !filled(j)) continue;
-      const int64_t voxel[5] = {tile.grid, tile.channel, tile.box.first[0] + place.plane, tile.box.first[1] + place.row,
-                                tile.box.first[2] + 4 * place.quad + j};
+      const int64_t voxel[5] = {tile.grid, tile.channel, tile.box.first[0] + place.plane(),
+                                tile.box.first[1] + place.row(), tile.box.first[2] + 4 * place.quad() + j};
       for (int axis = 0; axis < 5; ++axis) out.places[axis * out.total + at] = voxel[axis];
-      static_cast<R*>(out.values)[at++] = sums[i][j];
+      static_cast<R*>(out.values)[at++] = sum[j];
     }
   }
   if (out.counts != nullptr && threadIdx.x == 0) out.counts[blockIdx.x] = written;
