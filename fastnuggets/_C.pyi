@@ -1,7 +1,4 @@
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from torch import Tensor, dtype
 
 def build_info() -> dict[str, object]: ...
 def voxelize(
@@ -14,13 +11,12 @@ def voxelize(
     center: Tensor | None,
     rotation: Tensor | None,
     translation: Tensor | None,
-    shape: Sequence[int],
-    spacing: Sequence[float],
+    shape: list[int],
+    spacing: list[float],
     density: int,
     combine: int,
     cutoff: float,
-    dtype: torch.dtype,
-    /,
+    dtype: dtype,
 ) -> Tensor: ...
 def voxelize_(
     out: Tensor,
@@ -33,9 +29,9 @@ def voxelize_(
     center: Tensor | None,
     rotation: Tensor | None,
     translation: Tensor | None,
-    spacing: Sequence[float],
+    spacing: list[float],
     density: int,
     combine: int,
     cutoff: float,
-    /,
+    filled: Tensor | None,
 ) -> None: ...

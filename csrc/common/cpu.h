@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #if defined(__x86_64__)
@@ -65,10 +66,20 @@ inline void stream_zeros(char* to, std::size_t bytes) {
   std::memset(to, 0, head);
   std::size_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-    for (int j = 0; j < 64; j += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j), _mm_setzero_si128());
+    for (int j = 0; j < 64; j += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j), _mm_setzero_si128());
   }
   std::memset(to + i, 0, bytes - i);
+}
+
+// Larger outputs are streamed: smaller ones may still be in the cache when they are read next. A virtual machine may
+// report the whole host's cache, hence the bound.
+inline std::size_t stream_from() {
+  static const std::size_t bytes = [] {
+    constexpr std::size_t kMost = std::size_t(32) << 20;
+    const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return cache > 0 ? std::min(kMost, std::size_t(cache)) : kMost;
+  }();
+  return bytes;
 }
 
 // Orders streamed stores before what follows on this thread.
@@ -77,6 +88,7 @@ inline void stream_end() { _mm_sfence(); }
 inline void stream_copy(char* to, const char* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 inline void stream_zeros(char* to, std::size_t bytes) { std::memset(to, 0, bytes); }
 inline void stream_end() {}
+inline std::size_t stream_from() { return ~std::size_t(0); }
 #endif
 
 // A fresh output costs more in page faults than in arithmetic; huge pages make them 512 times fewer. Only a hint.

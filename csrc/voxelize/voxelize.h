@@ -13,7 +13,7 @@ namespace fastnuggets {
 
 // The order is the public one of fastnuggets.ops.voxelize; Python passes the number.
 enum class Density : int { nearest, trilinear, sphere, gaussian, wave, molgrid, molvoxel, pyuul, moleculekit };
-enum class Combine : int { sum, max, set_union };
+enum class Combine : int { sum, max, set_union, magnitude };
 
 // A value for every entry, seen as [N, C] and possibly expanded: strides may be 0.
 template <class R>
@@ -58,7 +58,11 @@ struct Grid {
   std::int64_t voxels() const { return shape[0] * shape[1] * shape[2]; }
 };
 
-// What the backward adds up for each entry over the poses; null: not wanted. Where an atom has no entry it writes nothing.
+// A grid that is written again and again may come with `filled` [G, C, D, 2]: the first and last row of each plane that
+// may differ from zero. The CPU then clears those alone, and leaves the rows it filled itself. (0, -1): none.
+
+// What the backward adds up for each entry over the poses; null: not wanted. Where an atom has no entry it writes
+// nothing.
 template <class R>
 struct Gradients {
   R* coords;  // [N, K, 3] with respect to box positions

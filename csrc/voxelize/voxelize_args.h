@@ -8,8 +8,8 @@
 #include "voxelize/voxelize.h"
 
 // The arguments that say what stands where, in the order of the schemas.
-#define FN_MOLECULES                                                                                              \
-  const at::Tensor &coords, const at::Tensor &ptr, const OptionalTensor &channel, const at::Tensor &weight,       \
+#define FN_MOLECULES                                                                                        \
+  const at::Tensor &coords, const at::Tensor &ptr, const OptionalTensor &channel, const at::Tensor &weight, \
       const OptionalTensor &size, const OptionalTensor &omega
 #define FN_POSE const OptionalTensor &center, const OptionalTensor &rotation, const OptionalTensor &translation
 #define FN_RULE at::ArrayRef<double> spacing, int64_t density, int64_t combine, double cutoff
@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Checks of shapes, dtypes and devices; ValueError or TypeError that names the argument. voxelize_op.cpp has them.
 void check_new_grid(FN_MOLECULES, FN_POSE, at::IntArrayRef shape, FN_RULE, at::ScalarType dtype);
-void check_into(const at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE);
+void check_into(const at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled);
 void check_backward(const at::Tensor& grad, FN_MOLECULES, FN_RULE);
 void check_segments(const char* name, const at::Tensor& x, const at::Tensor& ptr);
 void check_expansion(const at::Tensor& y, const at::Tensor& ptr);
@@ -94,13 +94,18 @@ struct MoleculeTensors {
   }
 };
 
-inline Grid make_grid(at::IntArrayRef shape, at::ArrayRef<double> spacing, int64_t density, int64_t combine,
+// The cut-off is a promise for the grid and for its gradients. Tails of a few atoms add up, and slopes fall more slowly
+// than values: each pass takes its windows so much wider.
+enum class Pass { value, slope };
+
+inline Grid make_grid(Pass pass, at::IntArrayRef shape, at::ArrayRef<double> spacing, int64_t density, int64_t combine,
                       double cutoff) {
+  constexpr double kValueMargin = 2, kSlopeMargin = 16;
   return {{shape[0], shape[1], shape[2]},
           {spacing[0], spacing[1], spacing[2]},
           static_cast<Density>(density),
           static_cast<Combine>(combine),
-          cutoff};
+          cutoff / (pass == Pass::value ? kValueMargin : kSlopeMargin)};
 }
 
 }  // namespace fastnuggets

@@ -62,16 +62,16 @@ at::Tensor voxelize_cuda(FN_MOLECULES, FN_POSE, at::IntArrayRef shape, FN_RULE, 
   const MoleculeTensors t(coords, ptr, channel, weight, size, omega, center, rotation, translation);
   const at::Tensor out =
       at::empty({t.grids(), t.channels(), shape[0], shape[1], shape[2]}, coords.options().dtype(dtype));
-  fill(out, t, make_grid(shape, spacing, density, combine, cutoff));
+  fill(out, t, make_grid(Pass::value, shape, spacing, density, combine, cutoff));
   return out;
 }
 
-void voxelize_into_cuda(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE) {
+void voxelize_into_cuda(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled) {
   check_into(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density, combine,
-             cutoff);
+             cutoff, filled);
   const c10::cuda::CUDAGuard device(coords.device());
   const MoleculeTensors t(coords, ptr, channel, weight, size, omega, center, rotation, translation);
-  fill(out, t, make_grid(out.sizes().slice(2), spacing, density, combine, cutoff));
+  fill(out, t, make_grid(Pass::value, out.sizes().slice(2), spacing, density, combine, cutoff));
 }
 
 std::tuple<at::Tensor, at::Tensor> voxelize_sparse_cuda(FN_MOLECULES, FN_POSE, at::IntArrayRef shape, FN_RULE,
@@ -80,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> voxelize_sparse_cuda(FN_MOLECULES, FN_POSE, a
                  combine, cutoff, dtype);
   const c10::cuda::CUDAGuard device(coords.device());
   const MoleculeTensors t(coords, ptr, channel, weight, size, omega, center, rotation, translation);
-  const Grid grid = make_grid(shape, spacing, density, combine, cutoff);
+  const Grid grid = make_grid(Pass::value, shape, spacing, density, combine, cutoff);
   const at::Tensor counts = at::empty({cuda::sparse_tiles(t.grids(), t.channels(), grid)}, ptr.options());
   at::Tensor indices, values;
   for_type(coords, [&]<class R>(R) {
@@ -121,7 +121,7 @@ Four voxelize_backward_cuda(const at::Tensor& grad, FN_MOLECULES, FN_RULE, std::
   const at::Tensor g = grad.contiguous();
   const auto to = new_gradients(wanted, t);
   for_type(coords, [&]<class R>(R) {
-    const Job<R> job(t, make_grid(g.sizes().slice(2), spacing, density, combine, cutoff));
+    const Job<R> job(t, make_grid(Pass::slope, g.sizes().slice(2), spacing, density, combine, cutoff));
     cuda::voxelize_backward(job, g.const_data_ptr(), dtype_of(g), pointers<R>(wanted, to));
   });
   return {to[0], to[1], to[2], to[3]};
@@ -143,7 +143,7 @@ Five voxelize_double_backward_cuda(const OptionalTensor& position_tangent, const
   for_type(coords, [&]<class R>(R) {
     const Tangent<R> tangent{data_or_null<R>(along[0]), data_or_null<R>(along[1]), data_or_null<R>(along[2]),
                              data_or_null<R>(along[3])};
-    const Job<Dual<R>> job(t, make_grid(g.sizes().slice(2), spacing, density, combine, cutoff), tangent);
+    const Job<Dual<R>> job(t, make_grid(Pass::slope, g.sizes().slice(2), spacing, density, combine, cutoff), tangent);
     cuda::voxelize_forward(job, by_grid.mutable_data_ptr(), dtype_of(by_grid));
     cuda::voxelize_backward(job, g.const_data_ptr(), dtype_of(g), pointers<R>(all, to));
   });

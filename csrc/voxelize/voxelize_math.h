@@ -21,8 +21,9 @@ template <class T>
 struct Shape {
   T size;
   T omega;
-  T decay;       // a of the gaussian factor exp(-a q); 0: there is none
-  T wave_square; // (2 pi omega)^2
+  T inverse;              // 1 / size
+  T decay;                // a of the gaussian factor exp(-a q); 0: there is none
+  T wave_square;          // (2 pi omega)^2
   Real<T> reach;          // half the edge of the window, angstrom
   Real<T> reach_squared;  // radial support
 };
@@ -33,7 +34,7 @@ FN_HD Shape<T> make_shape(T size, T omega, double cutoff) {
   constexpr double kTwoPi = 6.283185307179586;
   constexpr double kMoleculekitReach = 5.0;
   constexpr double kPyuulFactor = 0.93;
-  Shape<T> s{size, omega, T(0), T(0), R(0), R(0)};
+  Shape<T> s{size, omega, T(R(1)) / size, T(0), T(0), R(0), R(0)};
   const R r = value_of(size);
   if constexpr (D == Density::gaussian || D == Density::wave) {
     s.decay = T(R(0.5)) / (size * size);
@@ -117,17 +118,18 @@ FN_HD AxisSlope<T> axis_slope(T delta, const Shape<T>& s, Real<T> h) {
     return {value, T(R(0)), T(R(0))};
   } else {
     const T slope = T(R(-2)) * s.decay * delta * value;
-    return {value, slope, -(slope * delta) / s.size};
+    return {value, slope, -(slope * delta * s.inverse)};
   }
 }
 
 // ---- radial
 
-// exp(-z), z = (r/d)^12, and z: the repulsive density is 1 - exp(-z). Beyond z = 80 nothing is left of exp(-z).
+// The repulsive density 1 - exp(-z), z = (r/d)^12. Beyond z = 80 nothing is left of exp(-z).
 template <class T>
 struct Repulsion {
   T z;
   T exp_minus_z;
+  T value;
 };
 template <class T>
 FN_HD Repulsion<T> repulsion(T q, const Shape<T>& s) {
@@ -138,7 +140,10 @@ FN_HD Repulsion<T> repulsion(T q, const Shape<T>& s) {
   const T cube = capped * capped * capped;
   const T z = cube * cube;
   const T bounded = choose(value_of(z) < kLargest, z, T(kLargest));
-  return {bounded, exp_(-bounded)};
+  const T e = exp_(-bounded);
+  // The difference loses what is small beside 1: there, the series.
+  const T series = z * (T(R(1)) - z * (T(R(0.5)) - z * (T(R(1.0 / 6)) - z * (T(R(1.0 / 24)) - z * T(R(1.0 / 120))))));
+  return {bounded, e, choose(value_of(z) < R(sizeof(R) == 4 ? 0.02 : 1e-3), series, T(R(1)) - e)};
 }
 
 template <Density D, class T>
@@ -149,11 +154,11 @@ FN_HD T radial_value(T q, T gauss, const Shape<T>& s) {
   } else if constexpr (D == Density::molgrid) {
     constexpr R kTail = R(0.5413411329464508);  // 4 exp(-2)
     const bool inside = value_of(q) <= value_of(s.size) * value_of(s.size);
-    const T u = sqrt_(choose(inside, s.size * s.size, q)) / s.size;
+    const T u = sqrt_(q) * s.inverse;
     const T left = choose(value_of(u) < R(1.5), u - T(R(1.5)), T(R(0)));
     return choose(inside, gauss, T(kTail) * left * left);
   } else if constexpr (D == Density::moleculekit) {
-    return choose(value_of(q) <= s.reach_squared, T(R(1)) - repulsion(q, s).exp_minus_z, T(R(0)));
+    return choose(value_of(q) <= s.reach_squared, repulsion(q, s).value, T(R(0)));
   } else {
     return choose(value_of(q) <= s.reach_squared, gauss, T(R(0)));
   }
@@ -176,28 +181,29 @@ FN_HD RadialSlope<T> radial_slope(T q, T gauss, const Shape<T>& s) {
     const T value = gauss * c.cosine;
     constexpr R kFourPiSquare = R(39.47841760435743);
     return {value, -(s.decay * value) - T(R(0.5)) * s.wave_square * gauss * c.sinc,
-            T(R(2)) * s.decay * q * value / s.size, -(T(kFourPiSquare) * s.omega * q * gauss * c.sinc)};
+            T(R(2)) * s.decay * q * value * s.inverse, -(T(kFourPiSquare) * s.omega * q * gauss * c.sinc)};
   } else if constexpr (D == Density::molgrid) {
     constexpr R kTail = R(0.5413411329464508);
     const bool inside = value_of(q) <= value_of(s.size) * value_of(s.size);
-    const T u = sqrt_(choose(inside, s.size * s.size, q)) / s.size;
+    // Not a number at q = 0, where it is not chosen.
+    const T u = sqrt_(q) * s.inverse;
     const T left = choose(value_of(u) < R(1.5), u - T(R(1.5)), zero);
-    const T tail_q = T(kTail) * left / (s.size * s.size * u);
+    const T tail_q = T(kTail) * s.inverse * s.inverse * left / u;
     const T slope_q = choose(inside, -(s.decay * gauss), tail_q);
     const T value = choose(inside, gauss, T(kTail) * left * left);
     // f depends on q / size^2 alone.
-    return {value, slope_q, T(R(-2)) * slope_q * q / s.size, zero};
+    return {value, slope_q, T(R(-2)) * slope_q * q * s.inverse, zero};
   } else if constexpr (D == Density::moleculekit) {
     const Repulsion<T> r = repulsion(q, s);
     const bool inside = value_of(q) <= s.reach_squared && value_of(r.z) < R(80);
     const T slope_log = choose(inside, T(R(6)) * r.z * r.exp_minus_z, zero);
     const T safe_q = choose(value_of(q) > R(1e-6), q, T(R(1e-6)));
-    return {choose(value_of(q) <= s.reach_squared, T(R(1)) - r.exp_minus_z, zero), -(slope_log / safe_q),
-            T(R(2)) * slope_log / s.size, zero};
+    return {choose(value_of(q) <= s.reach_squared, r.value, zero), -(slope_log / safe_q),
+            T(R(2)) * slope_log * s.inverse, zero};
   } else {
     const T value = choose(value_of(q) <= s.reach_squared, gauss, zero);
     const T slope_q = -(s.decay * value);
-    return {value, slope_q, T(R(-2)) * slope_q * q / s.size, zero};
+    return {value, slope_q, T(R(-2)) * slope_q * q * s.inverse, zero};
   }
 }
 
@@ -207,6 +213,7 @@ template <class T>
 FN_HD T combined(Combine rule, T grid, T atom) {
   if (rule == Combine::sum) return grid + atom;
   if (rule == Combine::max) return choose(value_of(atom) > value_of(grid), atom, grid);
+  if (rule == Combine::magnitude) return grid + choose(value_of(atom) < 0, -atom, atom);
   return grid + atom - grid * atom;
 }
 
@@ -215,6 +222,7 @@ template <class T>
 FN_HD T factor_of_other(Combine rule, T factor, T own, T other, bool other_is_first) {
   using R = Real<T>;
   if (rule == Combine::set_union) return factor * (T(R(1)) - other);
+  if (rule != Combine::max) return factor;
   const bool hidden = value_of(other) > value_of(own) || (other_is_first && value_of(other) == value_of(own));
   return choose(hidden, T(R(0)), factor);
 }
@@ -223,6 +231,7 @@ FN_HD T factor_of_other(Combine rule, T factor, T own, T other, bool other_is_fi
 template <class T>
 FN_HD T factor_of_own(Combine rule, T own) {
   using R = Real<T>;
+  if (rule == Combine::magnitude) return T(value_of(own) < 0 ? R(-1) : R(1));
   return T(rule == Combine::max && !(value_of(own) > 0) ? R(0) : R(1));
 }
 

@@ -28,10 +28,10 @@ at::Tensor call_voxelize(FN_MOLECULES, FN_POSE, at::SymIntArrayRef shape, FN_RUL
                  combine, cutoff, dtype);
 }
 
-void call_voxelize_(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE) {
+void call_voxelize_(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled) {
   static const auto op = typed<decltype(call_voxelize_)>("fastnuggets::voxelize_");
   op.call(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density, combine,
-          cutoff);
+          cutoff, filled);
 }
 
 std::tuple<at::Tensor, at::Tensor> call_sparse(FN_MOLECULES, FN_POSE, at::SymIntArrayRef shape, FN_RULE,
@@ -69,13 +69,16 @@ at::Tensor segment_expand(const at::Tensor& y, const at::Tensor& ptr, c10::SymIn
 // What voxelize and voxelize_ keep for their backward.
 void save(AutogradContext* ctx, FN_MOLECULES, FN_POSE, FN_RULE) {
   ctx->save_for_backward({coords, ptr, channel.value_or(at::Tensor()), weight, size.value_or(at::Tensor()),
-                          omega.value_or(at::Tensor()), center.value_or(at::Tensor()),
-                          rotation.value_or(at::Tensor()), translation.value_or(at::Tensor())});
+                          omega.value_or(at::Tensor()), center.value_or(at::Tensor()), rotation.value_or(at::Tensor()),
+                          translation.value_or(at::Tensor())});
   ctx->saved_data["spacing"] = spacing.vec();
   ctx->saved_data["density"] = density;
   ctx->saved_data["combine"] = combine;
   ctx->saved_data["cutoff"] = cutoff;
 }
+
+// A saved input still knows whether it requires a gradient.
+bool wants_gradient(const Variable& v) { return v.defined() && v.requires_grad(); }
 
 OptionalTensor maybe(const Variable& v) { return v.defined() ? OptionalTensor(v) : std::nullopt; }
 
@@ -110,7 +113,9 @@ at::Tensor of_molecules(const at::Tensor& x, const at::Tensor& ptr) {
 
 // Gradients of coords, ..., translation (nine, as saved). The kernel differentiates with respect to box positions; the
 // pose is undone here with ops that autograd knows, so that it can be differentiated again.
-std::array<at::Tensor, 9> gradients(const Saved& s, const at::Tensor& grad, const std::array<bool, 9>& wanted) {
+std::array<at::Tensor, 9> gradients(const Saved& s, const at::Tensor& grad) {
+  std::array<bool, 9> wanted;
+  for (size_t i = 0; i < 9; ++i) wanted[i] = wants_gradient(s.v[i]);
   const at::Tensor &coords = s.v[0], &ptr = s.v[1], &center = s.v[6], &rotation = s.v[7], &translation = s.v[8];
   const c10::SymInt n = coords.sym_size(0);
   const bool posed = center.defined() || rotation.defined() || translation.defined();
@@ -154,9 +159,7 @@ struct Voxelize : torch::autograd::Function<Voxelize> {
                          density, combine, cutoff, dtype);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    std::array<bool, 9> wanted;
-    for (size_t i = 0; i < 9; ++i) wanted[i] = ctx->needs_input_grad(i);
-    const auto g = gradients(Saved(ctx), grad[0], wanted);
+    const auto g = gradients(Saved(ctx), grad[0]);
     variable_list out(g.begin(), g.end());
     out.resize(15);
     return out;
@@ -165,22 +168,21 @@ struct Voxelize : torch::autograd::Function<Voxelize> {
 
 // Writes into `out`, whose former content gets no gradient.
 struct VoxelizeInto : torch::autograd::Function<VoxelizeInto> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor out, FN_MOLECULES, FN_POSE, FN_RULE) {
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor out, FN_MOLECULES, FN_POSE, FN_RULE,
+                            const OptionalTensor& filled) {
     at::AutoDispatchBelowADInplaceOrView below;
     save(ctx, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density, combine,
          cutoff);
     call_voxelize_(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density,
-                   combine, cutoff);
+                   combine, cutoff, filled);
     ctx->mark_dirty({out});
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    std::array<bool, 9> wanted;
-    for (size_t i = 0; i < 9; ++i) wanted[i] = ctx->needs_input_grad(i + 1);
-    const auto g = gradients(Saved(ctx), grad[0], wanted);
+    const auto g = gradients(Saved(ctx), grad[0]);
     variable_list out(1);
     out.insert(out.end(), g.begin(), g.end());
-    out.resize(14);
+    out.resize(15);
     return out;
   }
 };
@@ -209,7 +211,7 @@ struct VoxelizeBackward : torch::autograd::Function<VoxelizeBackward> {
         maybe(s.v[3]), s.v[4], maybe(s.v[5]), maybe(s.v[6]), s.spacing, s.density, s.combine, s.cutoff);
     const at::Tensor found[7] = {grad, position, {}, {}, weight, size, omega};
     for (size_t i = 0; i < 7; ++i)
-      if (found[i].defined() && ctx->needs_input_grad(i)) out[i] = found[i];
+      if (found[i].defined() && wants_gradient(s.v[i])) out[i] = found[i];
     return out;
   }
   // The output of a gradient that was not wanted is empty: nothing can come back along it.
@@ -228,17 +230,17 @@ at::Tensor voxelize_autograd(FN_MOLECULES, FN_POSE, at::SymIntArrayRef shape, FN
                        density, combine, cutoff, dtype);
 }
 
-void voxelize_into_autograd(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE) {
+void voxelize_into_autograd(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled) {
   refuse_forward_mode("voxelize_", coords, weight, size, omega, center, rotation, translation);
   if (records(out, coords, weight, size, omega, center, rotation, translation)) {
-    VoxelizeInto::apply(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing,
-                        density, combine, cutoff);
+    VoxelizeInto::apply(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density,
+                        combine, cutoff, filled);
     return;
   }
   {
     at::AutoDispatchBelowADInplaceOrView below;
     call_voxelize_(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density,
-                   combine, cutoff);
+                   combine, cutoff, filled);
   }
   if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
 }
@@ -248,15 +250,15 @@ std::tuple<at::Tensor, at::Tensor> voxelize_sparse_autograd(FN_MOLECULES, FN_POS
                                                             at::ScalarType dtype) {
   refuse_forward_mode("voxelize_sparse", coords, weight, size, omega, center, rotation, translation);
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_sparse(coords, ptr, channel, weight, size, omega, center, rotation, translation, shape, spacing,
-                     density, combine, cutoff, dtype);
+  return call_sparse(coords, ptr, channel, weight, size, omega, center, rotation, translation, shape, spacing, density,
+                     combine, cutoff, dtype);
 }
 
 Four voxelize_backward_autograd(const at::Tensor& grad, FN_MOLECULES, FN_RULE, std::array<bool, 4> wanted) {
   refuse_forward_mode("voxelize_backward", grad, coords, weight, size, omega);
   if (records(grad, coords, weight, size, omega)) {
-    const variable_list out = VoxelizeBackward::apply(grad, coords, ptr, channel, weight, size, omega, spacing,
-                                                      density, combine, cutoff, wanted);
+    const variable_list out = VoxelizeBackward::apply(grad, coords, ptr, channel, weight, size, omega, spacing, density,
+                                                      combine, cutoff, wanted);
     return {out[0], out[1], out[2], out[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -304,14 +306,14 @@ at::Tensor segment_expand_autograd(const at::Tensor& y, const at::Tensor& ptr, c
 
 at::Tensor voxelize_autocast(FN_MOLECULES, FN_POSE, at::SymIntArrayRef shape, FN_RULE, at::ScalarType dtype) {
   const AutocastOff off(coords);
-  return call_voxelize(full(coords), ptr, channel, full(weight), full(size), full(omega), full(center),
-                       full(rotation), full(translation), shape, spacing, density, combine, cutoff, dtype);
+  return call_voxelize(full(coords), ptr, channel, full(weight), full(size), full(omega), full(center), full(rotation),
+                       full(translation), shape, spacing, density, combine, cutoff, dtype);
 }
 
-void voxelize_into_autocast(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE) {
+void voxelize_into_autocast(at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled) {
   const AutocastOff off(coords);
   call_voxelize_(out, full(coords), ptr, channel, full(weight), full(size), full(omega), full(center), full(rotation),
-                 full(translation), spacing, density, combine, cutoff);
+                 full(translation), spacing, density, combine, cutoff, filled);
 }
 
 std::tuple<at::Tensor, at::Tensor> voxelize_sparse_autocast(FN_MOLECULES, FN_POSE, at::SymIntArrayRef shape, FN_RULE,
@@ -332,8 +334,8 @@ Five voxelize_double_backward_autocast(const OptionalTensor& position_tangent, c
                                        const at::Tensor& grad, FN_MOLECULES, FN_RULE) {
   const AutocastOff off(coords);
   return call_double_backward(full(position_tangent), full(weight_tangent), full(size_tangent), full(omega_tangent),
-                              grad, full(coords), ptr, channel, full(weight), full(size), full(omega), spacing,
-                              density, combine, cutoff);
+                              grad, full(coords), ptr, channel, full(weight), full(size), full(omega), spacing, density,
+                              combine, cutoff);
 }
 
 at::Tensor segment_sum_autocast(const at::Tensor& x, const at::Tensor& ptr) {
@@ -354,8 +356,7 @@ namespace {
 
 void check_per_entry(const char* name, const OptionalTensor& t, const at::Tensor& coords, const at::Tensor& weight) {
   if (!given(t)) return;
-  TORCH_CHECK_VALUE(t->sizes() == weight.sizes(), name, " must be [N, C] = ", weight.sizes(), ", got ",
-                    t->sizes());
+  TORCH_CHECK_VALUE(t->sizes() == weight.sizes(), name, " must be [N, C] = ", weight.sizes(), ", got ", t->sizes());
   TORCH_CHECK_TYPE(t->scalar_type() == coords.scalar_type(), name, " must have the dtype of coords ",
                    coords.scalar_type(), ", got ", t->scalar_type());
   TORCH_CHECK_VALUE(t->device() == coords.device(), name, " must be on ", coords.device(), " with coords, got ",
@@ -366,7 +367,7 @@ void check_rule(FN_RULE) {
   TORCH_CHECK_VALUE(spacing.size() == 3, "spacing must have 3 numbers, got ", spacing.size());
   for (double h : spacing) TORCH_CHECK_VALUE(h > 0 && std::isfinite(h), "spacing must be positive, got ", h);
   TORCH_CHECK_VALUE(density >= 0 && density <= int64_t(Density::moleculekit), "density: no such number ", density);
-  TORCH_CHECK_VALUE(combine >= 0 && combine <= int64_t(Combine::set_union), "combine: no such number ", combine);
+  TORCH_CHECK_VALUE(combine >= 0 && combine <= int64_t(Combine::magnitude), "combine: no such number ", combine);
   TORCH_CHECK_VALUE(cutoff > 0 && cutoff < 1, "cutoff must be between 0 and 1, got ", cutoff);
 }
 
@@ -389,23 +390,20 @@ void check_molecules(FN_MOLECULES, int64_t density, bool posed) {
                     "size is missing: this density needs a radius or sigma");
   TORCH_CHECK_VALUE(given(omega) || d != Density::wave, "omega is missing: the wave density needs it");
   if (!given(channel)) return;
-  TORCH_CHECK_TYPE(channel->scalar_type() == at::kLong, "channels must be int64 indices, got ",
-                   channel->scalar_type());
+  TORCH_CHECK_TYPE(channel->scalar_type() == at::kLong, "channels must be int64 indices, got ", channel->scalar_type());
   TORCH_CHECK_VALUE(channel->dim() == 1 && channel->size(0) == coords.size(0),
                     "channels must be [N] with N = ", coords.size(0), ", got ", channel->sizes());
-  TORCH_CHECK_VALUE(channel->device() == coords.device(), "channels must be on ", coords.device(),
-                    " with coords, got ", channel->device());
+  TORCH_CHECK_VALUE(channel->device() == coords.device(), "channels must be on ", coords.device(), " with coords, got ",
+                    channel->device());
 }
 
 void check_pose(const char* name, const OptionalTensor& t, int64_t dims, const at::Tensor& coords,
                 const at::Tensor& ptr, std::optional<int64_t>& poses) {
   if (!given(t)) return;
-  TORCH_CHECK_VALUE(t->dim() == dims && t->size(0) == ptr.size(0) - 1 && t->size(-1) == 3 &&
-                        t->size(2) == 3,
-                    name, " must be [B, K, 3", dims == 4 ? ", 3" : "", "] with B = ", ptr.size(0) - 1, ", got ",
-                    t->sizes());
-  TORCH_CHECK_VALUE(poses.value_or(t->size(1)) == t->size(1), name, " must have as many poses as center and rotation: ",
-                    poses.value_or(1), ", got ", t->size(1));
+  TORCH_CHECK_VALUE(t->dim() == dims && t->size(0) == ptr.size(0) - 1 && t->size(-1) == 3 && t->size(2) == 3, name,
+                    " must be [B, K, 3", dims == 4 ? ", 3" : "", "] with B = ", ptr.size(0) - 1, ", got ", t->sizes());
+  TORCH_CHECK_VALUE(poses.value_or(t->size(1)) == t->size(1), name,
+                    " must have as many poses as center and rotation: ", poses.value_or(1), ", got ", t->size(1));
   poses = t->size(1);
   TORCH_CHECK_TYPE(t->scalar_type() == coords.scalar_type(), name, " must have the dtype of coords ",
                    coords.scalar_type(), ", got ", t->scalar_type());
@@ -451,11 +449,17 @@ void check_new_grid(FN_MOLECULES, FN_POSE, at::IntArrayRef shape, FN_RULE, at::S
     TORCH_CHECK_VALUE(n >= 1 && n < (int64_t(1) << 30), "shape must be at least 1 and below 2^30, got ", n);
 }
 
-void check_into(const at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE) {
+void check_into(const at::Tensor& out, FN_MOLECULES, FN_POSE, FN_RULE, const OptionalTensor& filled) {
   check_molecules(coords, ptr, channel, weight, size, omega, density, false);
   check_rule(spacing, density, combine, cutoff);
   check_old_grid("out", out, coords, ptr, weight, count_poses(coords, ptr, center, rotation, translation));
   TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous, got strides ", out.strides());
+  if (!given(filled)) return;
+  TORCH_CHECK_VALUE(filled->sizes() == at::IntArrayRef({out.size(0), out.size(1), out.size(2), 2}) &&
+                        filled->scalar_type() == at::kInt && filled->is_contiguous() &&
+                        filled->device() == out.device(),
+                    "filled must be contiguous int32 [B*K, C, D, 2] on ", out.device(), ", got ", filled->sizes(), " ",
+                    filled->scalar_type(), " on ", filled->device());
 }
 
 void check_backward(const at::Tensor& grad, FN_MOLECULES, FN_RULE) {
@@ -485,9 +489,9 @@ at::Tensor voxelize(FN_MOLECULES, FN_POSE, const std::vector<int64_t>& shape, co
 }
 
 void voxelize_(at::Tensor out, FN_MOLECULES, FN_POSE, const std::vector<double>& spacing, int64_t density,
-               int64_t combine, double cutoff) {
+               int64_t combine, double cutoff, const OptionalTensor& filled) {
   call_voxelize_(out, coords, ptr, channel, weight, size, omega, center, rotation, translation, spacing, density,
-                 combine, cutoff);
+                 combine, cutoff, filled);
 }
 
 }  // namespace fastnuggets
@@ -499,7 +503,8 @@ void voxelize_(at::Tensor out, FN_MOLECULES, FN_POSE, const std::vector<double>&
 TORCH_LIBRARY_FRAGMENT(fastnuggets, m) {
   m.def("voxelize(Tensor coords, " FN_SCHEMA_MOLECULES FN_SCHEMA_POSE "SymInt[3] shape, " FN_SCHEMA_RULE
         ", ScalarType dtype) -> Tensor");
-  m.def("voxelize_(Tensor(a!) out, Tensor coords, " FN_SCHEMA_MOLECULES FN_SCHEMA_POSE FN_SCHEMA_RULE ") -> ()");
+  m.def("voxelize_(Tensor(a!) out, Tensor coords, " FN_SCHEMA_MOLECULES FN_SCHEMA_POSE FN_SCHEMA_RULE
+        ", Tensor(b!)? filled=None) -> ()");
   m.def("voxelize_sparse(Tensor coords, " FN_SCHEMA_MOLECULES FN_SCHEMA_POSE "SymInt[3] shape, " FN_SCHEMA_RULE
         ", ScalarType dtype) -> (Tensor, Tensor)");
   m.def("voxelize_backward(Tensor grad, Tensor positions, " FN_SCHEMA_MOLECULES FN_SCHEMA_RULE
@@ -522,15 +527,15 @@ TORCH_LIBRARY_IMPL(fastnuggets, Autograd, m) {
   m.impl("segment_expand", &fastnuggets::segment_expand_autograd);
 }
 
-#define FN_AUTOCAST(KEY)                                                                \
-  TORCH_LIBRARY_IMPL(fastnuggets, KEY, m) {                                             \
-    m.impl("voxelize", &fastnuggets::voxelize_autocast);                                \
-    m.impl("voxelize_", &fastnuggets::voxelize_into_autocast);                          \
-    m.impl("voxelize_sparse", &fastnuggets::voxelize_sparse_autocast);                  \
-    m.impl("voxelize_backward", &fastnuggets::voxelize_backward_autocast);              \
+#define FN_AUTOCAST(KEY)                                                                 \
+  TORCH_LIBRARY_IMPL(fastnuggets, KEY, m) {                                              \
+    m.impl("voxelize", &fastnuggets::voxelize_autocast);                                 \
+    m.impl("voxelize_", &fastnuggets::voxelize_into_autocast);                           \
+    m.impl("voxelize_sparse", &fastnuggets::voxelize_sparse_autocast);                   \
+    m.impl("voxelize_backward", &fastnuggets::voxelize_backward_autocast);               \
     m.impl("voxelize_double_backward", &fastnuggets::voxelize_double_backward_autocast); \
-    m.impl("segment_sum", &fastnuggets::segment_sum_autocast);                          \
-    m.impl("segment_expand", &fastnuggets::segment_expand_autocast);                    \
+    m.impl("segment_sum", &fastnuggets::segment_sum_autocast);                           \
+    m.impl("segment_expand", &fastnuggets::segment_expand_autocast);                     \
   }
 FN_AUTOCAST(AutocastCPU)
 FN_AUTOCAST(AutocastCUDA)

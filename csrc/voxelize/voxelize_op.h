@@ -21,6 +21,7 @@ at::Tensor voxelize(const at::Tensor& coords, const at::Tensor& ptr, const Optio
 void voxelize_(at::Tensor out, const at::Tensor& coords, const at::Tensor& ptr, const OptionalTensor& channel,
                const at::Tensor& weight, const OptionalTensor& size, const OptionalTensor& omega,
                const OptionalTensor& center, const OptionalTensor& rotation, const OptionalTensor& translation,
-               const std::vector<double>& spacing, int64_t density, int64_t combine, double cutoff);
+               const std::vector<double>& spacing, int64_t density, int64_t combine, double cutoff,
+               const OptionalTensor& filled);
 
 }  // namespace fastnuggets

@@ -13,7 +13,7 @@ from fastnuggets import _C
 
 # The order is that of the enums in csrc/voxelize/voxelize.h.
 DENSITIES = ("nearest", "trilinear", "sphere", "gaussian", "wave", "molgrid", "molvoxel", "pyuul", "moleculekit")
-COMBINES = ("sum", "max", "union")
+COMBINES = ("sum", "max", "union", "magnitude")
 _SAME_FORMULA = {"deepfrag": "molvoxel"}
 _OWN_COMBINE = {"pyuul": "union", "moleculekit": "max"}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,7 +41,7 @@ def voxelize(
     cutoff: float = 1e-6,
     dtype: torch.dtype | None = None,
     layout: torch.layout = torch.strided,
-    out: Tensor | None = None,
+    out: Tensor | GridBuffer | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Turns a ragged batch of molecules into a batch of grids.
@@ -74,13 +74,15 @@ def voxelize(
         rotation: matrix applied about ``center``: an atom at x goes to ``rotation @ (x - center) + translation``. The
             pose is applied inside the kernel. A dimension K after B draws K poses of each molecule.
         translation: shift after the rotation.
-        combine: how atoms of a channel join: ``"sum"``, ``"max"`` (of the atoms and 0), or ``"union"``, 1 - Π(1 - wf).
+        combine: how atoms of a channel join: ``"sum"``, ``"max"`` (of the atoms and 0), ``"union"``, 1 - Π(1 - wf), or
+            ``"magnitude"``, Σ|wf|.
             Default: sum; union for pyuul and max for moleculekit, as published.
         cutoff: Gaussian and wave are dropped where their envelope is below this part of the peak.
         dtype: type of the grid: float32, float64, float16 or bfloat16 (rounded once, at the end). Default: as coords.
         layout: ``torch.strided`` or ``torch.sparse_coo``.
-        out: grid to write to, contiguous; its type and shape are used. A fresh 226 MB grid costs more in page faults than
-            in arithmetic, so reuse one in a loop (figures: csrc/voxelize/README.md).
+        out: grid to write to, contiguous, or a :class:`GridBuffer`, which is faster still. A fresh grid costs more in page
+            faults than in arithmetic, so reuse one in a loop (figures: csrc/voxelize/README.md). When a gradient is
+            recorded, the result is a new tensor on the memory of ``out``.
         validate: check the values of ``coords``, ``channels`` and ``ptr`` on CUDA too; it synchronises. The CPU always
             checks. Unchecked, an atom with a bad channel or a NaN coordinate is left out.
 
@@ -97,6 +99,8 @@ def voxelize(
 
     The wave density: Kuzminykh et al., Molecular Pharmaceutics 15(10), 2018, doi:10.1021/acs.molpharmaceut.7b01134.
     """
+    _check_tensors(coords=coords, channels=channels, ptr=ptr, radius=radius, sigma=sigma, omega=omega, weights=weights,
+                   center=center, rotation=rotation, translation=translation, out=out)  # fmt: skip
     ptr = _one_molecule(coords) if ptr is None else ptr
     grid_shape, steps = _triple("shape", shape, int), _triple("spacing", spacing, float)
     kind, rule = _numbers(density, combine)
@@ -118,18 +122,64 @@ def voxelize(
     if layout != torch.strided:
         raise ValueError(f"layout must be torch.strided or torch.sparse_coo, got {layout}")
     if out is not None:
-        return _into(out, molecules, grid_shape, rules, dtype, batch)
+        as_given = out.dtype if isinstance(out, Tensor) and dtype is None else out_dtype
+        return _into(out, molecules, grid_shape, rules, as_given, batch)
     if not torch.compiler.is_compiling():
         _check_memory(coords, ptr, many, weight.size(1), grid_shape, out_dtype)
     grid = _op("voxelize")(*molecules, grid_shape, *rules, out_dtype)
     return grid.unflatten(0, batch) if many else grid
 
 
-def atom_relevance(relevance: Tensor, coords: Tensor, channels: Tensor, ptr: Tensor | None = None, **how: Any) -> Tensor:
+class GridBuffer:
+    """Memory for grids that are made again and again: pass it as ``out`` of :func:`voxelize`.
+
+    It grows to the largest batch and remembers, on the CPU, which rows the last call filled: the next one clears
+    those and writes its own, instead of writing every voxel. A grid from it is valid until the next call; autograd
+    raises if a backward needs one that was overwritten. If a torch operation wrote to the memory in between, all of
+    it is cleared; do not write to it in other ways (a numpy view, say).
+    """
+
+    def __init__(self) -> None:
+        self._grid: Tensor | None = None
+        self._filled: Tensor | None = None
+        self._version = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The memory as [G, C, D, H, W], and what is filled in it [G, C, D, 2]."""
+        grid = self._grid
+        if (
+            grid is None
+            or grid.size(0) < shape[0]
+            or grid.shape[1:] != tuple(shape[1:])
+            or grid.dtype != dtype
+            or grid.device != device
+        ):
+            with torch.inference_mode(False):
+                grid = self._grid = torch.zeros(tuple(shape), dtype=dtype, device=device)
+                empty = torch.tensor([0, -1], dtype=torch.int32)
+                self._filled = empty.repeat(*shape[:3], 1) if device.type == "cpu" else None
+        elif self._filled is not None and (grid._version != self._version or torch.is_inference_mode_enabled()):
+            # Inference mode counts no versions: what happened to the memory is not known.
+            self._filled[...] = torch.tensor([0, shape[3] - 1], dtype=torch.int32)
+        filled = None if self._filled is None else self._filled[: shape[0]]
+        return grid[: shape[0]].detach(), filled
+
+    def wrote(self) -> None:
+        """Notes that the memory is as the last call left it."""
+        if self._grid is not None and not torch.is_inference_mode_enabled():
+            self._version = self._grid._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_grid": None, "_filled": None, "_version": 0}  # a copy starts with memory of its own
+
+
+def atom_relevance(
+    relevance: Tensor, coords: Tensor, channels: Tensor, ptr: Tensor | None = None, **how: Any
+) -> Tensor:
     """Shares the relevance of voxels out among the atoms that made them.
 
-    Each voxel's relevance goes to its atoms in proportion to what each added to it (layer-wise relevance propagation
-    through a sum). Voxels that no atom reaches keep theirs: it is not in the result.
+    Each voxel's relevance goes to its atoms in proportion to the magnitude of what each added to it (layer-wise
+    relevance propagation through a sum). Voxels that no atom reaches keep theirs: it is not in the result.
 
     Args:
         relevance: [B, C, D, H, W] ([B, K, C, D, H, W] with poses).
@@ -140,18 +190,18 @@ def atom_relevance(relevance: Tensor, coords: Tensor, channels: Tensor, ptr: Ten
 
     Not differentiable. Deterministic; does not synchronise.
     """
-    if how.setdefault("combine", "sum") != "sum":
-        raise ValueError(f'combine must be "sum": relevance is shared in proportion, got {how["combine"]!r}')
+    if how.pop("combine", "sum") != "sum":
+        raise ValueError('combine must be "sum": relevance is shared in proportion')
     how.setdefault("shape", relevance.shape[-3:])
     weights = how.pop("weights", None)
     with torch.enable_grad():
         one = torch.ones(coords.size(0), dtype=coords.dtype, device=coords.device) if weights is None else weights
         one = one.detach().requires_grad_()
-        grid = voxelize(coords.detach(), channels.detach(), ptr, weights=one, **how)
-        if relevance.shape != grid.shape:
-            raise ValueError(f"relevance must have the grid's shape {tuple(grid.shape)}, got {tuple(relevance.shape)}")
-        share = torch.where(grid == 0, 0, relevance.detach() / grid.detach()).to(grid.dtype)
-        (by_weight,) = torch.autograd.grad(grid, one, share)
+        total = voxelize(coords.detach(), channels.detach(), ptr, weights=one, combine="magnitude", **how)
+        if relevance.shape != total.shape:
+            raise ValueError(f"relevance must have the grid's shape {list(total.shape)}, got {list(relevance.shape)}")
+        share = torch.where(total == 0, 0, relevance.detach() / total.detach()).to(total.dtype)
+        (by_weight,) = torch.autograd.grad(total, one, share)
     return (by_weight * one).detach()
 
 
@@ -163,6 +213,18 @@ def check_molecules(coords: Tensor, ptr: Tensor, channel: Tensor | None, num_cha
         raise ValueError(f"ptr must ascend from 0 to the number of atoms {coords.size(0)}")
     if channel is not None and channel.numel() and bool(((channel < 0) | (channel >= num_channels)).any()):
         raise ValueError(f"channels must be in 0..{num_channels - 1}")
+
+
+def _check_tensors(coords: Tensor, channels: Tensor, ptr: Tensor | None, **others: Any) -> None:
+    for name, value in (("coords", coords), ("channels", channels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, value in (("ptr", ptr), ("channels", channels), *others.items()):
+        if isinstance(value, Tensor) and value.device != coords.device and (value.dim() or value.device.type != "cpu"):
+            raise ValueError(f"{name} must be on {coords.device} with coords, got {value.device}")
+        tensors = ("ptr", "weights", "center", "rotation", "translation")
+        if name in tensors and not isinstance(value, Tensor | None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _op(name: str) -> Any:
@@ -244,8 +306,6 @@ def _per_entry(name: str, value: Number | None, weight: Tensor) -> Tensor:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must not be negative, infinite or NaN, got {value}")
         return weight.new_full((), value).expand(weight.shape)
-    if value.device != weight.device and value.dim():
-        raise ValueError(f"{name} must be on {weight.device} with coords, got {value.device}")
     try:
         return value.to(weight).expand(weight.shape)
     except RuntimeError:
@@ -310,24 +370,34 @@ def _physical_memory() -> int:
 
 
 def _into(
-    out: Tensor, molecules: tuple[Any, ...], shape: list[int], rules: tuple[Any, ...], dtype: Any, batch: tuple[int, ...]
+    out: Tensor | GridBuffer,
+    molecules: tuple[Any, ...],
+    shape: list[int],
+    rules: tuple[Any, ...],
+    dtype: torch.dtype,
+    batch: tuple[int, ...],
 ) -> Tensor:
-    weight = molecules[3]
-    full_shape = (*batch, weight.size(1), *shape)
-    if out.shape != full_shape:
-        raise ValueError(f"out must be {list(full_shape)}, got {list(out.shape)}")
-    if dtype is not None and out.dtype != dtype:
+    sizes = (*batch, molecules[3].size(1), *shape)
+    grids = (math.prod(batch), *sizes[len(batch) :])
+    if torch.compiler.is_compiling():
+        # Functionalisation wants values: a given tensor is filled by a copy, which the compiler may fuse away.
+        fresh = _op("voxelize")(*molecules, shape, *rules, dtype).view(sizes)
+        return fresh if isinstance(out, GridBuffer) else out.copy_(fresh)
+    if isinstance(out, GridBuffer):
+        grid, filled = out.take(grids, dtype, molecules[0].device)
+        _op("voxelize_")(grid, *molecules, *rules, filled)
+        out.wrote()
+        return grid.unflatten(0, batch) if len(batch) == 2 else grid
+    if out.shape != sizes:
+        raise ValueError(f"out must be {list(sizes)}, got {list(out.shape)}")
+    if out.dtype != dtype:
         raise ValueError(f"out must have dtype {dtype}, got {out.dtype}")
-    if out.device != weight.device:
-        raise ValueError(f"out must be on {weight.device} with coords, got {out.device}")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-    grids = out.flatten(0, 1) if len(batch) == 2 else out
-    if torch.compiler.is_compiling():
-        # Functionalisation wants the values: the buffer is filled by a copy that the compiler may fuse away.
-        return out.copy_(_op("voxelize")(*molecules, shape, *rules, out.dtype).view(out.shape))
-    _op("voxelize_")(grids, *molecules, *rules)
-    return out
+    # Detached: the graph of a grid that stood here before must not reach into this one's.
+    grid = out.detach().view(grids)
+    _op("voxelize_")(grid, *molecules, *rules, None)
+    return grid.view(sizes) if grid.requires_grad else out
 
 
 def _sparse(
@@ -348,7 +418,9 @@ class _SparseValues(torch.autograd.Function):
     """Gives the values of a sparse grid the gradient of the dense one they were taken from."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, values: Tensor, molecules: Any, shape: Any, rules: Any, *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, indices: Tensor, values: Tensor, molecules: Any, shape: Any, rules: Any, *inputs: Tensor
+    ) -> Any:
         ctx.save_for_backward(indices, *inputs)
         ctx.slots = [i for i, t in enumerate(molecules) if isinstance(t, Tensor) and t.requires_grad]
         ctx.molecules = [None if i in ctx.slots else t for i, t in enumerate(molecules)]
@@ -374,10 +446,9 @@ def _grid_count(ptr: Tensor, poses: Sequence[Tensor | None]) -> Any:
 
 
 @torch.library.register_fake("fastnuggets::voxelize")
-def _(coords, ptr, channel, weight, size, omega, center, rotation, translation, shape, spacing, density, combine, cutoff,
-      dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(coords, ptr, channel, weight, size, omega, center, rotation, translation, shape, *rules):  # type: ignore[no-untyped-def]
     grids = _grid_count(ptr, (center, rotation, translation))
-    return coords.new_empty((grids, weight.size(1), *shape), dtype=dtype)
+    return coords.new_empty((grids, weight.size(1), *shape), dtype=rules[-1])
 
 
 @torch.library.register_fake("fastnuggets::voxelize_")
@@ -386,10 +457,9 @@ def _(out, *_):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fastnuggets::voxelize_sparse")
-def _(coords, ptr, channel, weight, size, omega, center, rotation, translation, shape, spacing, density, combine, cutoff,
-      dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(coords, ptr, *rest):  # type: ignore[no-untyped-def]
     filled = torch.library.get_ctx().new_dynamic_size()
-    return ptr.new_empty((5, filled)), coords.new_empty((filled,), dtype=dtype)
+    return ptr.new_empty((5, filled)), coords.new_empty((filled,), dtype=rest[-1])
 
 
 @torch.library.register_fake("fastnuggets::voxelize_backward")
