@@ -7,7 +7,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Plan(NamedTuple):
     batch: int = 16
     learning_rate: float = 3e-3
     width: int = 128
-    latent: int = 48
+    latent: int = 32
     blocks: int = 2
     shape: int = 32  # of the grids shown and measured
     crop: int = 24  # of those trained on; less than `shape` costs less, and the network takes any shape
@@ -66,8 +67,8 @@ class Plan(NamedTuple):
     shown: int = 6
 
 
-STANDARD = Plan(records=None, steps=2000)
-QUICK = Plan(records=1200, steps=250, tested=32, shown=4)
+STANDARD = Plan(records=None, steps=1800)
+QUICK = Plan(records=1200, steps=250, latent=48, tested=32, shown=4)
 
 
 class Data(NamedTuple):
@@ -164,7 +165,7 @@ def run(source: Path | None, out: Path, plan: Plan, *, seed: int = 0, restart: b
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
-    def timed(name: str, function: Callable, *args: object, **options: object):  # type: ignore[no-untyped-def]
+    def timed(name: str, function: Callable, *args: object, **options: object):
         print(f"{name} ...", file=sys.stderr)
         began = time.perf_counter()
         result = function(*args, **options)
@@ -186,7 +187,7 @@ def load(source: Path, cache: Path, plan: Plan, seed: int) -> Data:
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
 
-    def wanted():  # type: ignore[no-untyped-def]
+    def wanted():
         for record in read(source):
             if record.index > total:
                 return
@@ -216,7 +217,7 @@ def load(source: Path, cache: Path, plan: Plan, seed: int) -> Data:
     return Data(train_set, test_set, total, +left_out, None if known else len(embedded) / seconds)
 
 
-def _unwanted(record, seen: set[str]) -> str | None:  # type: ignore[no-untyped-def]
+def _unwanted(record, seen: set[str]) -> str | None:
     if record.error:
         return "cannot be read"
     if record.smiles in seen:
@@ -244,10 +245,17 @@ def channels(molecules: Molecules) -> Tensor:
     return molecules.channels(ELEMENTS).clamp(max=len(CHANNELS) - 1)
 
 
+class Pose(NamedTuple):
+    """How molecules stand in their boxes."""
+
+    rotation: Tensor  # [B, 3, 3]
+    translation: Tensor  # [B, 3] angstrom, after the rotation
+
+
 def draw(
-    molecules: Molecules, representation: Representation, shape: int, pose: dict[str, Tensor], out: Tensor | None = None
+    molecules: Molecules, representation: Representation, shape: int, pose: Pose, out: Tensor | None = None
 ) -> Tensor:
-    """[B, C, D, H, W] float32. ``pose``: the rotation and translation of each molecule."""
+    """[B, C, D, H, W] float32."""
     return voxelize(
         molecules.coords,
         channels(molecules),
@@ -258,14 +266,16 @@ def draw(
         density=representation.density,
         sigma=representation.sigma,
         omega=representation.omega,
+        rotation=pose.rotation,
+        translation=pose.translation,
         out=out,
-        **pose,
     )
 
 
-def random_pose(count: int, generator: torch.Generator, shift: float) -> dict[str, Tensor]:
+def random_pose(count: int, generator: torch.Generator, shift: float) -> Pose:
+    """Any rotation, and up to `shift` angstrom along each axis."""
     translation = shift * (2 * torch.rand(count, 3, generator=generator) - 1)
-    return {"rotation": random_rotations(count, generator), "translation": translation}
+    return Pose(random_rotations(count, generator), translation)
 
 
 def train(
@@ -330,7 +340,7 @@ def _measure(
     for representation in REPRESENTATIONS:
         grid = draw(test, representation, plan.shape, pose)
         speed[f"voxelize, {representation.name}"] = _rate(
-            lambda out=grid, how=representation: draw(test, how, plan.shape, pose, out), len(test)
+            partial(draw, test, representation, plan.shape, pose, grid), len(test)
         )
         scores[representation.name] = {}
         for level in NOISE:
@@ -385,10 +395,10 @@ def _rate(function: Callable[[], object], count: int, least: float = 0.5) -> flo
     return calls * count / (time.perf_counter() - began)
 
 
-def _truth(molecules: Molecules, pose: dict[str, Tensor]) -> Atoms:
+def _truth(molecules: Molecules, pose: Pose) -> Atoms:
     """The atoms as they stand in the box, sorted as find_atoms sorts them."""
     owner = torch.arange(len(molecules)).repeat_interleave(molecules.ptr.diff())
-    positions = (pose["rotation"][owner] @ molecules.coords[:, :, None]).squeeze(2) + pose["translation"][owner]
+    positions = (pose.rotation[owner] @ molecules.coords[:, :, None]).squeeze(2) + pose.translation[owner]
     return _atoms(positions, channels(molecules), owner, len(molecules))
 
 
@@ -449,7 +459,7 @@ def compare(found: Atoms, truth: Atoms) -> list[Score]:
                 distance[matched].double().square().sum().item(),
             )
         )
-    return [*scores, Score(*(sum(values) for values in zip(*scores, strict=True)))]  # type: ignore[arg-type]
+    return [*scores, Score(*(sum(values) for values in zip(*scores, strict=True)))]
 
 
 if __name__ == "__main__":

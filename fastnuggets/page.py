@@ -24,7 +24,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: 22px 0 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 20px 14px; }
-.tile b { display: block; font-size: 31px; line-height: 1.2; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 31px; line-height: 1.2; letter-spacing: -0.02em;
+  font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 14px; line-height: 1.35; display: block; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px 36px; }
 img { width: 100%; height: auto; display: block; }
@@ -37,12 +38,12 @@ svg { width: 100%; height: auto; display: block; color: var(--ink); }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 5px 8px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; }
 tbody th { text-align: left; font-weight: 500; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
-.bar { display: inline-block; min-width: 74px; padding: 0 6px; font-weight: 500; border-radius: 4px;
+.bar { display: inline-block; min-width: 58px; padding: 0 5px; font-weight: 500; border-radius: 4px;
   background: linear-gradient(90deg, var(--wash) calc(100% * var(--v)), transparent 0); }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--accent); }
 .pick { display: flex; flex-wrap: wrap; gap: 8px; margin: 14px 0; align-items: center; }
@@ -57,7 +58,8 @@ button[aria-pressed=true] { background: var(--accent); border-color: var(--accen
 .view canvas:active { cursor: grabbing; }
 .view span { position: absolute; left: 14px; top: 10px; font-size: 14px; color: var(--soft); pointer-events: none; }
 .smiles { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; color: var(--soft); overflow-wrap: anywhere; }
-@media (max-width: 640px) { .views { grid-template-columns: 1fr; } main { padding: 32px 14px; } section { padding: 18px; }
+@media (max-width: 640px) { .views { grid-template-columns: 1fr; }
+  main { padding: 32px 14px; } section { padding: 18px; }
   .rows { grid-template-columns: 1fr; } .rows .side { display: none; } }
 </style>
 </head>
@@ -69,10 +71,12 @@ few numbers and draws them again; from its drawing the atoms are found. The $tes
 shown to it in training.</p>
 
 <div class="tiles">
-<div class="tile"><b>$recall</b><span>of the atoms come back, right element, within $gate Å ($matched of $true)</span></div>
+<div class="tile"><b>$recall</b><span>of the atoms come back, right element,
+within $gate Å ($matched of $true)</span></div>
 <div class="tile"><b>$precision</b><span>of the atoms found are right ($matched of $found)</span></div>
 <div class="tile"><b>$rmse</b><span>root mean square distance of those from where they were</span></div>
-<div class="tile"><b>$smaller</b><span>fewer numbers in the code than in the grid; trained in $training_time</span></div>
+<div class="tile"><b>$smaller</b><span>fewer numbers in the code than in the grid;
+trained in $training_time</span></div>
 </div>
 
 <section>
@@ -82,11 +86,12 @@ the wave is in its trough, around every atom. Drag to turn both.</p>
 <div class="pick" id="names"></div>
 <div class="views">
 <div class="view"><canvas id="before" aria-label="The molecule that went in"></canvas><span>put in</span></div>
-<div class="view"><canvas id="after" aria-label="The atoms that came back"></canvas><span id="count">came back</span></div>
+<div class="view"><canvas id="after" aria-label="The atoms that came back"></canvas>
+<span id="count">came back</span></div>
 </div>
 <div class="pick"><div class="legend">$legend</div><div class="gap"></div>
 <button data-layer="atoms" aria-pressed="true">atoms</button>
-<button data-layer="beads" aria-pressed="false">Wiener inverse</button>
+<button data-layer="crests" aria-pressed="false">wave crests</button>
 <button data-layer="glass" aria-pressed="true">wave troughs</button></div>
 <div class="smiles" id="smiles"></div>
 <p class="note">A pink ring marks an atom found where there is none, or of another element; a dashed circle an atom that
@@ -96,8 +101,8 @@ was missed. Bonds are drawn between atoms as near as a bond, on both sides alike
 
 <section>
 <h2>Before and after</h2>
-<p>Test molecules lying flat. Glass: the troughs of the wave grid (−0.3 of an atom's peak). Beads, in the colour of the
-element: its Wiener inverse, at one half of an atom's peak. Both are made in the same way from both grids.</p>
+<p>Test molecules lying flat. Glass: the troughs of the wave grid, below −0.3 of an atom's peak. Beads, in the colour of
+the element: above, the atoms that were drawn; below, those found in what came back.</p>
 <div class="rows"><div class="side"><span>the grid</span><span>after the autoencoder</span></div>$gallery</div>
 </section>
 
@@ -105,21 +110,23 @@ element: its Wiener inverse, at one half of an atom's peak. Both are made in the
 <h2>Four ways to draw the same atoms</h2>
 <p>The middle plane of one molecule, all elements added. One-hot marks a voxel an atom, so almost every voxel is
 empty; a Gaussian fills space but melts neighbours into one; a wave fills as much space and keeps them apart.</p>
-<div class="heads"><span>one-hot</span><span>Gaussian, σ 0.5 Å</span><span>Gaussian, σ 1 Å</span><span>wave, σ $sigma Å, ω $omega / Å</span></div>
+<div class="heads"><span>one-hot</span><span>Gaussian, σ 0.5 Å</span>
+<span>Gaussian, σ 1 Å</span><span>wave, σ $sigma Å, ω $omega / Å</span></div>
 $slices
-<p class="note">Teal is positive, orange negative, the opacity is the value. The one-hot picture shows all planes at once,
-or it would be empty.</p>
+<p class="note">Teal is positive, orange negative, the opacity is the value. The one-hot picture shows all planes at
+once, or it would be empty.</p>
 </section>
 
 <section>
 <h2>Atoms found</h2>
 <div class="two">
 <div><p>Found in what the autoencoder returned, by element:</p>$element_table
-<p class="note">An atom is right if one of its element is within $gate Å and neither is paired with a nearer one. Bromine,
-chlorine, fluorine and iodine share a channel.</p></div>
+<p class="note">An atom is right if one of its element is within $gate Å and neither is paired with a nearer one.
+Bromine, chlorine, fluorine and iodine share a channel. find_atoms is told a noise of $noise, the autoencoder's error on
+molecules it was trained with.</p></div>
 <div><p>Found in grids with white noise, given in parts of an atom's peak:</p>$noise_chart
-<p class="note">F1 is the harmonic mean of precision and recall. One-hot grids have no kernel to undo: their atoms are the
-voxels above one half.</p></div>
+<p class="note">F1 is the harmonic mean of precision and recall. find_atoms is told the noise. One-hot grids have no
+kernel to undo: their atoms are the voxels above one half.</p></div>
 </div>
 <details><summary>All conditions, precision / recall / rmse by element</summary>$details
 <p class="note">precision % / recall % / rmse Å. The number of true atoms is in the head.</p></details>
@@ -131,13 +138,14 @@ voxels above one half.</p></div>
 <div class="two">
 <div>$loss_chart
 <p class="note">Squared error over each channel's spread, averaged over channels; faint: every step.</p></div>
-<div><p>A convolutional autoencoder of $parameters weights: residual blocks of separable convolutions and a linear output
-layer, as waves have a sign. A grid of $voxels numbers ($shape³ voxels of 0.5 Å) becomes a code of $latent
+<div><p>A convolutional autoencoder of $parameters weights: residual blocks of separable convolutions and a linear
+output layer, as waves have a sign. A grid of $voxels numbers ($shape³ voxels of 0.5 Å) becomes a code of $latent
 ($latent_cell, one vector for each cube of 2 Å) and is drawn again.</p>
-<p>Trained on $train_molecules molecules in random poses: $steps steps of $batch, on boxes of $crop³ voxels, which is
-cheaper and for a convolution no different. Squared error left on the test molecules, as part of the variance: $residual.</p>
-<p class="note">Each channel's error is divided by its spread to the power 0.75, not by the spread itself: that would make
-a halogen as dear as all carbons together, and carbons are what is hard to tell apart.</p></div>
+<p>Trained on $train_molecules molecules in random poses: $steps steps of $batch, on boxes of $crop³ voxels: a
+convolution takes any size, and the smaller is cheaper. Squared error left on the test
+molecules, as part of their mean square: $residual.</p>
+<p class="note">Each channel's error is divided by its spread to the power $power, not by the spread itself: that would
+make a halogen as dear as all carbons together, and carbons are what is hard to tell apart.</p></div>
 </div>
 </section>
 
@@ -163,7 +171,7 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
 (function () {
   "use strict";
   var data = JSON.parse(document.getElementById("data").textContent), colors = $colors;
-  var layers = { atoms: true, beads: false, glass: true }, chosen = 0, span = 1, moved = false;
+  var layers = { atoms: true, crests: false, glass: true }, chosen = 0, span = 1, moved = false;
   var turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   var light = [-0.4, 0.55, 0.73], sprites = {};
 
@@ -224,7 +232,7 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
     }
     for (var f = 0; f < side.kinds.length; f++) {
       var kind = side.kinds[f];
-      if (!layers[kind < 0 ? "glass" : "beads"]) continue;
+      if (!layers[kind < 0 ? "glass" : "crests"]) continue;
       var a = 3 * side.faces[3 * f], b = 3 * side.faces[3 * f + 1], c = 3 * side.faces[3 * f + 2];
       var u = [seen[b] - seen[a], seen[b + 1] - seen[a + 1], seen[b + 2] - seen[a + 2]];
       var v = [seen[c] - seen[a], seen[c + 1] - seen[a + 1], seen[c + 2] - seen[a + 2]];
@@ -255,8 +263,13 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
       });
       side.atoms.forEach(function (atom, i) { list.push([at[i][2], 2, colors[atom[3]], at[i]]); });
     }
-    (side.missed || []).forEach(function (atom) { var p = rotate(atom, turn); list.push([p[2], 4, colors[atom[3]], p]); });
-    if (side.missed) side.atoms.forEach(function (atom, i) { if (!atom[4]) list.push([at[i][2] + 0.5, 3, "#d6208b", at[i]]); });
+    (side.missed || []).forEach(function (atom) {
+      var p = rotate(atom, turn);
+      list.push([p[2], 4, colors[atom[3]], p]);
+    });
+    if (side.missed) side.atoms.forEach(function (atom, i) {
+      if (!atom[4]) list.push([at[i][2] + 0.5, 3, "#d6208b", at[i]]);
+    });
     list.sort(function (a, b) { return a[0] - b[0]; });
     list.forEach(function (item) {
       var p = item[3];
@@ -304,7 +317,7 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
   function choose(index) {
     chosen = index;
     var molecule = data[index], right = molecule.after.atoms.filter(function (atom) { return atom[4]; }).length;
-    span = 1 + Math.max.apply(null, molecule.before.atoms.map(function (a) { return Math.hypot(a[0], a[1], a[2]); }));
+    span = 1.5 + Math.max.apply(null, molecule.before.atoms.map(function (a) { return Math.hypot(a[0], a[1], a[2]); }));
     document.getElementById("smiles").textContent = molecule.smiles;
     document.getElementById("count").textContent = "came back: " + right + " of " + molecule.before.atoms.length +
       " atoms, " + (molecule.after.atoms.length - right) + " wrong";

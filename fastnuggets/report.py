@@ -19,16 +19,35 @@ import torch
 from torch import Tensor
 
 from fastnuggets import __version__
-from fastnuggets.demo import CHANNELS, GATE, REPRESENTATIONS, SPACING, WAVE, Result, Score, draw, match
+from fastnuggets.demo import (
+    CHANNELS,
+    GATE,
+    REPRESENTATIONS,
+    SCALE_POWER,
+    SPACING,
+    WAVE,
+    Pose,
+    Result,
+    Score,
+    draw,
+    match,
+)
 from fastnuggets.molecules.files import need
-from fastnuggets.ops.inverse import deconvolve
+from fastnuggets.ops.voxelize import voxelize
 from fastnuggets.page import PAGE
 
 COLORS = ("#6f7b8b", "#3366e6", "#e5484d", "#e2a400", "#2ba35a")  # of CHANNELS
 POSITIVE, NEGATIVE = "#1d7f8c", "#e07a3f"
 SERIES = {"one-hot": "#8b8d98", "Gaussian, narrow": "#c98a2b", "Gaussian, wide": "#b0568f", "wave": "#2f6fed"}
-BEAD, GLASS = 0.5, 0.3  # levels of the surfaces, of an atom's peak; glass is below minus this
-BOND = {"C": 0.76, "N": 0.71, "O": 0.66, "S": 1.05, "halogen": 1.1}  # covalent radii, angstrom; the halogens' between Cl and Br
+CREST, TROUGH = 0.5, 0.3  # levels of the surfaces, of an atom's peak
+BEAD, BEAD_SIGMA = 0.5, 0.36  # a Gaussian of 0.36 angstrom is one half at 0.42
+BOND = {
+    "C": 0.76,
+    "N": 0.71,
+    "O": 0.66,
+    "S": 1.05,
+    "halogen": 1.1,
+}  # covalent, angstrom; halogens: Cl to Br
 INK = "#010203"  # replaced by the text colour of the page
 
 
@@ -36,7 +55,8 @@ class Volumes(NamedTuple):
     """What of one molecule's grid is drawn, at half the grid's spacing."""
 
     troughs: Tensor  # [D, H, W] minus the lowest of the channels
-    peaks: Tensor  # [C, D, H, W] Wiener inverse, 1 at an atom
+    crests: Tensor  # [C, D, H, W] the grid itself
+    beads: Tensor  # [C, D, H, W] above BEAD near atoms
 
 
 class Mesh(NamedTuple):
@@ -108,6 +128,8 @@ def write(result: Result, out: Path) -> Path:
         total_time=_duration(sum(result.seconds.values())),
         stages=", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()),
         seed=result.seed,
+        power=f"{SCALE_POWER:g}",
+        noise=f"{result.noise:.2f}",
         sigma=f"{WAVE.sigma:g}",
         omega=f"{WAVE.omega:g}",
         machine=html.escape(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
@@ -146,8 +168,8 @@ def _shown(result: Result, index: int) -> Shown:
         found.channels[f0:f1].numpy(),
         (partner[f0:f1] >= 0).numpy(),
         missed[t0:t1].numpy(),
-        _volumes(result.grid[index], 0.0),
-        _volumes(result.output[index], result.noise),
+        _volumes(result.grid[index], positions, truth.channels[t0:t1]),
+        _volumes(result.output[index], found.positions[f0:f1], found.channels[f0:f1]),
     )
 
 
@@ -157,16 +179,26 @@ def _flat_axes(positions: Tensor) -> Tensor:
     return axes * torch.tensor([1.0, 1.0, torch.linalg.det(axes).sign().item()])[:, None]
 
 
-def _volumes(grid: Tensor, noise: float) -> Volumes:
-    peaks = deconvolve(grid[None], sigma=WAVE.sigma, omega=WAVE.omega, spacing=SPACING, noise=noise)[0]
-    return Volumes(-torch.stack([_finer(channel) for channel in grid]).amin(0), torch.stack([_finer(x) for x in peaks]))
+def _volumes(grid: Tensor, positions: Tensor, kinds: Tensor) -> Volumes:
+    crests = torch.stack([_finer(channel) for channel in grid])
+    beads = voxelize(
+        positions,
+        kinds,
+        shape=tuple(crests.shape[1:]),
+        spacing=SPACING / 2,
+        num_channels=len(CHANNELS),
+        density="gaussian",
+        sigma=BEAD_SIGMA,
+        combine="max",
+    )
+    return Volumes(-crests.amin(0), crests, beads[0])
 
 
 def _surfaces(volumes: Volumes) -> Mesh:
-    parts = [_surface(channel, BEAD, SPACING / 2, kind) for kind, channel in enumerate(volumes.peaks)]
+    parts = [_surface(channel, CREST, SPACING / 2, kind) for kind, channel in enumerate(volumes.crests)]
     # The glass is smooth and large: the coarse grid is enough for it, and quicker to turn.
     coarse = torch.nn.functional.avg_pool3d(volumes.troughs[None], 2)[0]
-    parts.append(_surface(coarse, GLASS, SPACING, -1))
+    parts.append(_surface(coarse, TROUGH, SPACING, -1))
     offsets = np.cumsum([0, *(len(part.points) for part in parts[:-1])])
     return Mesh(
         np.concatenate([part.points for part in parts]),
@@ -222,7 +254,12 @@ def _viewer(molecule: Shown) -> dict[str, Any]:
     before = side(molecule.truth, molecule.truth_channels, ~molecule.missed, molecule.before)
     after = side(molecule.found, molecule.found_channels, molecule.right, molecule.after)
     after["missed"] = [atom[:4] for atom in before["atoms"] if not atom[4]]
-    return {"name": f"molecule {molecule.name}" if molecule.name.isdigit() else molecule.name, "smiles": molecule.smiles, "before": before, "after": after}
+    return {
+        "name": f"molecule {molecule.name}" if molecule.name.isdigit() else molecule.name,
+        "smiles": molecule.smiles,
+        "before": before,
+        "after": after,
+    }
 
 
 def _packed(values: np.ndarray, kind: type) -> str:
@@ -275,9 +312,9 @@ def _render(volumes: Volumes, axes: np.ndarray, frame: Sequence[float], size: in
         normal = torch.nn.functional.normalize(-slope.movedim(0, -1) @ turn.T, dim=-1)
         return inside.any(0), meets[0], normal[0], point
 
-    bead, bead_depth, bead_normal, point = image(volumes.peaks.amax(0), BEAD)
-    glass, glass_depth, glass_normal, _ = image(volumes.troughs, GLASS)
-    kind = _sample(volumes.peaks, point)[:, 0].argmax(0)
+    bead, bead_depth, bead_normal, point = image(volumes.beads.amax(0), BEAD)
+    glass, glass_depth, glass_normal, _ = image(volumes.troughs, TROUGH)
+    kind = _sample(volumes.beads, point)[:, 0].argmax(0)
     light = torch.nn.functional.normalize(torch.tensor([-0.4, 0.55, 0.73]), dim=0)
     palette = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in COLORS])
     lit = (bead_normal @ light).clamp(0, 1)[..., None]
@@ -356,7 +393,7 @@ def _signed(values: np.ndarray) -> np.ndarray:
 def _flat_slices(result: Result, molecule: Shown) -> list[np.ndarray]:
     """The middle plane of the molecule in each representation, channels added."""
     one = result.data.test[result.data.test.names.index(molecule.name)]
-    pose = {"rotation": _flat_axes(one.coords)[None], "translation": torch.zeros(1, 3)}
+    pose = Pose(_flat_axes(one.coords)[None], torch.zeros(1, 3))
     slices = []
     for representation in REPRESENTATIONS:
         grid = draw(one, representation, result.plan.shape, pose)[0].sum(0)
@@ -369,7 +406,7 @@ def _flat_slices(result: Result, molecule: Shown) -> list[np.ndarray]:
 
 def _slices(result: Result, molecule: Shown) -> bytes:
     figure, axes = _pyplot().subplots(1, len(REPRESENTATIONS), figsize=(12, 3.05))
-    figure.subplots_adjust(0, 0, 1, 1, 0.03, 0)
+    figure.subplots_adjust(0.001, 0.005, 0.999, 0.995, 0.03, 0)
     for axis, plane in zip(axes, _flat_slices(result, molecule), strict=True):
         axis.imshow(_signed(plane), origin="lower", interpolation="nearest")
         axis.set(xticks=[], yticks=[])
@@ -411,7 +448,11 @@ def _svg(figure: Any, label: str) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     _pyplot().close(figure)
     text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    text = (
+        text[text.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    )
     text = text.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
     start, end = text.find("<metadata>"), text.find("</metadata>")
     return text[:start] + text[end + len("</metadata>") :] if start >= 0 else text
@@ -443,9 +484,11 @@ def _loss_chart(result: Result) -> str:
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
     axis.plot(np.arange(len(smooth)) + width - 1, smooth, color=SERIES["wave"], lw=2.2)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(which="minor", colors=INK, length=0)
+    low, high = smooth.min() * 0.8, max(losses[:5].max(), smooth.max()) * 1.1
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5) if low < tick < high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_yticks([], minor=True)
+    axis.set_ylim(low, high)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel("loss", color=INK)
     return _svg(figure, "Loss of each training step")
@@ -455,7 +498,9 @@ def _loss_chart(result: Result) -> str:
 
 
 def _legend() -> str:
-    items = (f'<span><i style="background:{color}"></i>{name}</span>' for name, color in zip(CHANNELS, COLORS, strict=True))
+    items = (
+        f'<span><i style="background:{color}"></i>{name}</span>' for name, color in zip(CHANNELS, COLORS, strict=True)
+    )
     return "".join(items)
 
 
@@ -496,12 +541,19 @@ def _details(result: Result) -> str:
     for name, conditions in result.scores.items():
         for condition, scores in conditions.items():
             cells = [
-                "–" if not s.true else f"{100 * s.precision:.0f} / {100 * s.recall:.0f} / {s.rmse:.2f}".replace("nan", "–")
+                "–"
+                if not s.true
+                else f"{100 * s.precision:.0f} / {100 * s.recall:.0f} / {s.rmse:.2f}".replace("nan", "–")
                 for s in scores[:-1]
             ]
             rows.append([f"{name}, {condition}", *cells])
     true = [s.true for s in result.scores[WAVE.name]["clean"][:-1]]
     return _table(["", *(f"{name} ({count})" for name, count in zip(CHANNELS, true, strict=True))], rows)
+
+
+def _cell(s: Score) -> str:
+    text = f"{100 * s.precision:.0f} / {100 * s.recall:.0f} / {s.rmse:.2f}" if s.true else "–"
+    return text.replace("nan", "–")
 
 
 def _speed_table(result: Result) -> str:

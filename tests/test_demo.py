@@ -9,17 +9,15 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-for package in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage"):
-    pytest.importorskip(package)
-
-from matplotlib.image import imread
-
 from fastnuggets import cli, demo, report
 from fastnuggets.molecules import Molecules
 from fastnuggets.ops.inverse import Atoms
 from fastnuggets.training import load_checkpoint
 
-TINY = demo.Plan(records=60, steps=6, batch=2, width=8, latent=4, blocks=1, tested=4, shown=2)
+for package in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage"):
+    pytest.importorskip(package)
+
+TINY = demo.Plan(records=60, steps=6, batch=2, width=8, latent=4, blocks=1, tested=4, shown=1)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +46,13 @@ def finished(done):
 @pytest.fixture
 def result(done):
     return done[1]
+
+
+def picture(png):
+    """[H, W, 4]"""
+    from matplotlib.image import imread
+
+    return imread(io.BytesIO(png))
 
 
 class Page(HTMLParser):
@@ -102,16 +107,16 @@ def test_page_loads_nothing(page, text):
 def test_page_has_its_pictures(page):
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == 2
-    for picture in pictures:
-        assert picture["alt"]
-        pixels = imread(io.BytesIO(base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"))))
-        assert pixels.shape[1] > 400
+    for attributes in pictures:
+        assert attributes["alt"]
+        pixels = picture(base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,")))
+        assert pixels.shape[1] >= 300 * TINY.shown
         assert (pixels[..., 3] > 0.5).mean() > 0.001
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
 
 
 def test_preview_is_a_picture(finished):
-    pixels = imread(finished / "preview.png")
+    pixels = picture((finished / "preview.png").read_bytes())
     assert pixels.shape[1] > 1000
     assert pixels[..., :3].std() > 0.01
 
@@ -243,26 +248,25 @@ def test_finer_volume_is_the_grid_at_half_the_spacing():
         ["a"],
         [""],
     )
-    pose = {"translation": torch.tensor([[0.1, 0.2, -0.3]])}
+    pose = demo.Pose(torch.eye(3)[None], torch.tensor([[0.1, 0.2, -0.3]]))
     coarse = demo.draw(molecule, demo.WAVE, 32, pose)[0, 0]
     fine = demo.voxelize(
         molecule.coords, demo.channels(molecule), shape=64, spacing=0.25, num_channels=1, density="wave", sigma=1.0,
-        omega=0.5, **pose,
+        omega=0.5, **pose._asdict(),
     )[0, 0]  # fmt: skip
     # What (1.0, 0.5) has above the coarse grid's band: 0.004 of the peak, measured.
     assert (report._finer(coarse) - fine).abs().max() < 0.01
 
 
 def test_rendering_shows_an_atom_where_it_is():
-    grid = torch.zeros(1, 5, 32, 32, 32)
-    position = torch.tensor([[2.0, 1.0, 0.0]])
-    grid[:, 2] = demo.voxelize(
-        position, torch.tensor([0]), shape=32, num_channels=1, density="wave", sigma=1.0, omega=0.5
-    )[0]
-    picture = report._render(report._volumes(grid[0], 0.0), torch.eye(3).numpy(), (6.0, 3.0, 3.0), 120)
-    assert picture.shape == (60, 120, 4)
+    position, channel = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([2])
+    grid = demo.voxelize(position, channel, shape=32, num_channels=5, density="wave", sigma=1.0, omega=0.5)[0]
+    volumes = report._volumes(grid, position, channel)
+    pixels = report._render(volumes, torch.eye(3).numpy(), (6.0, 3.0, 3.0), 120)
+    assert pixels.shape == (60, 120, 4)
     row, column = (int(value) for value in (60 * (3 - 1) / 6, 120 * (6 + 2) / 12))
-    red, green, blue, alpha = picture[row, column]
+    red, green, blue, alpha = pixels[row, column]
     assert alpha > 0.95
     assert red > 1.5 * max(green, blue)  # oxygen
-    assert picture[-1, 0, 3] == 0
+    assert 0.05 < pixels[row, column + 8, 3] < 0.95  # 0.8 angstrom beside the atom: glass alone
+    assert pixels[-1, 0, 3] == 0

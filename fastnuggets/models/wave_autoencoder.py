@@ -32,7 +32,13 @@ class WaveAutoencoder(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, channels: int, *, width: int = 128, latent: int = 32, blocks: int = 2, scale: Sequence[float] | None = None
+        self,
+        channels: int,
+        *,
+        width: int = 128,
+        latent: int = 32,
+        blocks: int = 2,
+        scale: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         values = torch.ones(channels) if scale is None else torch.as_tensor(scale, dtype=torch.float32)
@@ -52,7 +58,9 @@ class WaveAutoencoder(nn.Module):
         """[B, C, D, H, W] -> [B, latent, D/4, H/4, W/4]. ValueError unless D, H and W are multiples of 4."""
         channels = len(self.scale)
         if grid.dim() != 5 or grid.shape[1] != channels or any(n % STRIDE or n == 0 for n in grid.shape[2:]):
-            raise ValueError(f"grid: expected [B, {channels}, D, H, W] of multiples of {STRIDE}, got {list(grid.shape)}")
+            raise ValueError(
+                f"grid: expected [B, {channels}, D, H, W] of multiples of {STRIDE}, got {list(grid.shape)}"
+            )
         # Convolutions on the CPU are several times faster with the channels last.
         scaled = (grid / _per_channel(self.scale)).to(memory_format=torch.channels_last_3d)
         latent: Tensor = self.encoder(self.stem(scaled))
@@ -80,16 +88,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm3d(width) for _ in range(2))
-        self.convs = nn.ModuleList(SeparableConv3d(width) for _ in range(2))
-        last = self.convs[-1].pointwise
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.norm1, self.norm2 = nn.BatchNorm3d(width), nn.BatchNorm3d(width)
+        self.conv1, self.conv2 = SeparableConv3d(width), SeparableConv3d(width)
+        for parameter in self.conv2.pointwise.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(F.silu(norm(y)))
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
         return x + y
 
 

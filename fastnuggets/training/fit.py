@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
     settings: dict[str, Any]
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - a KeyboardInterrupt is no error
+class Interrupted(KeyboardInterrupt):
     """A signal ended the training after a whole step, and its checkpoint is written."""
 
 
