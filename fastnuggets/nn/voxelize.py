@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnuggets import ops
+from fastnuggets.ops.voxelize import one_molecule
 
 
 class Voxelizer(torch.nn.Module):
@@ -21,16 +22,21 @@ class Voxelizer(torch.nn.Module):
         center: "mean" puts the mean of each molecule's atoms at the box centre; None leaves coordinates as they are.
         random_rotation: while training, turn each molecule about its centre, uniformly over all rotations.
         random_shift: while training, move each by up to so many angstrom along each axis, uniformly.
-        generator: where poses are drawn from; default torch's global CPU generator. The same seed gives the same poses
-            on any device.
-        reuse_buffer: write every grid to the same `fastnuggets.ops.GridBuffer`: several times faster, and a grid is then
-            valid until the next call; autograd raises if a backward needs one that was overwritten.
+        generator: where poses are drawn from; default torch's global CPU generator. The same seed gives the same
+            poses on any device.
+        reuse_buffer: write every grid to the same `fastnuggets.ops.GridBuffer`: several times faster, and a grid
+            is then valid until the next call; autograd raises if a backward needs one that was overwritten.
 
     Raises:
         ValueError, TypeError: as `fastnuggets.ops.voxelize`; of settings at construction.
 
-    Differentiable and deterministic as the op, given the poses. Poses drawn on the CPU are copied to the device.
+    Differentiable and deterministic as the op, given the poses. Poses drawn on the CPU are copied to the device, which
+    synchronises: for a CUDA graph, draw them with a CUDA generator or pass them to the op.
     """
+
+    radius: float | Tensor | None
+    sigma: float | Tensor | None
+    omega: float | Tensor | None
 
     def __init__(
         self,
@@ -77,14 +83,13 @@ class Voxelizer(torch.nn.Module):
 
     def _check(self) -> None:
         # An empty batch goes through every check of the op and costs nothing.
-        nothing = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        sizes: dict[str, Any] = {
-            n: None if (v := getattr(self, n)) is None else 1.0 for n in ("radius", "sigma", "omega")
-        }
-        ops.voxelize(*nothing, shape=self.shape, num_channels=self.num_channels, **sizes, **self.settings)
+        coords, channels, ptr = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        given = {name: getattr(self, name) for name in ("radius", "sigma", "omega")}
+        sizes: dict[str, Any] = {name: None if value is None else 1.0 for name, value in given.items()}
+        ops.voxelize(coords, channels, ptr, shape=self.shape, num_channels=self.num_channels, **sizes, **self.settings)
 
     def forward(self, coords: Tensor, channels: Tensor, ptr: Tensor | None = None) -> Tensor:
-        ptr = torch.tensor([0, coords.size(0)], device=coords.device) if ptr is None else ptr
+        ptr = one_molecule(coords) if ptr is None else ptr
         batch = ptr.size(0) - 1
         return ops.voxelize(
             coords,

@@ -46,8 +46,8 @@ def voxelize(
 ) -> Tensor:
     """Turns a ragged batch of molecules into a batch of grids.
 
-    Each atom adds ``weight * f(distance)`` to the voxels around it, in its channel or channels. Lengths are in angstrom.
-    The centre of the box is the origin of box coordinates; the centre of voxel ``(d, h, w)`` is at
+    Each atom adds ``weight * f(distance)`` to the voxels around it, in its channel or channels. Lengths are in
+    angstrom. The centre of the box is the origin of box coordinates; the centre of voxel ``(d, h, w)`` is at
     ``((d - (D-1)/2) * sx, (h - (H-1)/2) * sy, (w - (W-1)/2) * sz)``: D runs along x, H along y, W along z.
 
     Args:
@@ -55,7 +55,8 @@ def voxelize(
             type.
         channels: the channel of each atom [N], int64 in ``0..num_channels-1``, or features [N, C] of a floating type:
             an atom then stands in every channel, weighted by its feature.
-        ptr: molecule ``b`` has the atoms ``ptr[b]..ptr[b+1]-1`` [B+1], int64, ascending from 0 to N. None: one molecule.
+        ptr: molecule ``b`` has the atoms ``ptr[b]..ptr[b+1]-1`` [B+1], int64, ascending from 0 to N. None: one
+            molecule.
         shape: number of voxels ``(D, H, W)``, or one number for a cube.
         spacing: edge of a voxel, one number or ``(sx, sy, sz)``.
         num_channels: C; needed when ``channels`` are indices.
@@ -66,8 +67,8 @@ def voxelize(
             - ``"gaussian"``: exp(-d²/2 ``sigma``²); ``"wave"``: the same times cos(2π ``omega`` d)
             - ``"molgrid"``, ``"molvoxel"``, ``"deepfrag"``, ``"pyuul"``, ``"moleculekit"``: the published formulas of
               libmolgrid, MolVoxel, DeepFrag, PyUUL and moleculekit, of ``radius``
-        radius, sigma, omega: numbers, or tensors that broadcast to [N, C]: [] for all, [C] per channel, [N, 1] per atom.
-            A Gaussian may be given ``radius`` instead of ``sigma``; sigma is then half of it. ``omega`` is in
+        radius, sigma, omega: numbers, or tensors that broadcast to [N, C]: [] for all, [C] per channel, [N, 1] per
+            atom. A Gaussian may be given ``radius`` instead of ``sigma``; sigma is then half of it. ``omega`` is in
             oscillations per angstrom. An atom of radius or sigma 0 contributes nothing.
         weights: weight of each atom [N].
         center: the point of a molecule that goes to the box centre. None: the origin.
@@ -80,9 +81,9 @@ def voxelize(
         cutoff: Gaussian and wave are dropped where their envelope is below this part of the peak.
         dtype: type of the grid: float32, float64, float16 or bfloat16 (rounded once, at the end). Default: as coords.
         layout: ``torch.strided`` or ``torch.sparse_coo``.
-        out: grid to write to, contiguous, or a :class:`GridBuffer`, which is faster still. A fresh grid costs more in page
-            faults than in arithmetic, so reuse one in a loop (figures: csrc/voxelize/README.md). When a gradient is
-            recorded, the result is a new tensor on the memory of ``out``.
+        out: grid to write to, contiguous, or a :class:`GridBuffer`, which is faster still. A fresh grid costs more in
+            page faults than in arithmetic, so reuse one in a loop (figures: csrc/voxelize/README.md). When a gradient
+            is recorded, the result is a new tensor on the memory of ``out``.
         validate: check the values of ``coords``, ``channels`` and ``ptr`` on CUDA too; it synchronises. The CPU always
             checks. Unchecked, an atom with a bad channel or a NaN coordinate is left out.
 
@@ -101,7 +102,7 @@ def voxelize(
     """
     _check_tensors(coords=coords, channels=channels, ptr=ptr, radius=radius, sigma=sigma, omega=omega, weights=weights,
                    center=center, rotation=rotation, translation=translation, out=out)  # fmt: skip
-    ptr = _one_molecule(coords) if ptr is None else ptr
+    ptr = one_molecule(coords) if ptr is None else ptr
     grid_shape, steps = _triple("shape", shape, int), _triple("spacing", spacing, float)
     kind, rule = _numbers(density, combine)
     index, weight = _weights(coords, channels, weights, num_channels)
@@ -126,7 +127,7 @@ def voxelize(
         return _into(out, molecules, grid_shape, rules, as_given, batch)
     if not torch.compiler.is_compiling():
         _check_memory(coords, ptr, many, weight.size(1), grid_shape, out_dtype)
-    grid = _op("voxelize")(*molecules, grid_shape, *rules, out_dtype)
+    grid: Tensor = _op("voxelize")(*molecules, grid_shape, *rules, out_dtype)
     return grid.unflatten(0, batch) if many else grid
 
 
@@ -255,7 +256,8 @@ def _numbers(density: str, combine: str | None) -> tuple[int, int]:
     return DENSITIES.index(name), COMBINES.index(combine)
 
 
-def _one_molecule(coords: Tensor) -> Tensor:
+def one_molecule(coords: Tensor) -> Tensor:
+    """The batch pointers of a single molecule; made without a copy from the host."""
     return torch.arange(0, 2, device=coords.device) * coords.size(0)
 
 
@@ -303,7 +305,7 @@ def _per_entry(name: str, value: Number | None, weight: Tensor) -> Tensor:
     if value is None:
         raise ValueError(f"{name} is needed by this density")
     if not isinstance(value, Tensor):
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must not be negative, infinite or NaN, got {value}")
         return weight.new_full((), value).expand(weight.shape)
     try:
