@@ -2,12 +2,14 @@
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastnuggets import ops, reference
+from fastnuggets import build_info, ops, reference
 
 DENSITIES = {  # what each density is given; nearest and trilinear have no size
     "nearest": {},
@@ -560,6 +562,34 @@ def test_dense_beyond_2_31_voxels():
     assert grid[0, 0, :1100].count_nonzero() == 0
     (actual,) = torch.autograd.grad(grid, leaf, grid.detach())
     assert_near(actual, torch.autograd.grad(wanted, small, wanted.detach())[0], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_outputs_are_the_same(dtype, device):
+    """Beyond 8 MiB the CPU writes past its cache, here from an address that is no multiple of a line."""
+    coords, channels, ptr = batch((5, 7, 0, 6, 3, 4, 5, 6), channels=2, dtype=torch.float32, device=device)
+    options = {"shape": (61, 67, 73), "num_channels": 2, "density": "wave", "sigma": 0.5, "omega": 0.6}
+    room = torch.full((8 * 2 * 61 * 67 * 73 + 7,), math.nan, dtype=dtype, device=device)
+    out = room[5:-2].view(8, 2, 61, 67, 73)
+    ops.voxelize(coords, channels, ptr, out=out, **options)
+    assert room[:5].isnan().all()
+    assert room[-2:].isnan().all()
+    for grid, first, last in zip(out, ptr[:-1], ptr[1:], strict=True):
+        alone = ops.voxelize(coords[first:last], channels[first:last], dtype=dtype, **options)
+        assert_same(grid, alone[0])
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2"])
+def test_every_instruction_set(level):
+    """The processor's best is chosen once for a process, so the lesser ones are tested in one of their own."""
+    if level == build_info()["simd"]:
+        pytest.skip("this is the best of this processor")
+    chosen = "(every_density and sum) or every_width or many_atoms or arithmetic or large_outputs"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    result = subprocess.run(
+        command, env={**os.environ, "FASTNUGGETS_SIMD": level}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
 
 
 def test_memory_is_the_output():
