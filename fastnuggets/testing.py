@@ -24,7 +24,7 @@ SAMPLES = ("typical", "larger", "one", "empty", "parallel")
 
 Samples = Mapping[str, tuple[Any, ...]]
 
-# Largest seen over all cases: 1.4e-6 and 1.2e-13 (second derivatives of moleculekit's twelfth power); most are 1e-7, 1e-15.
+# Largest seen: 1.4e-6 and 1.2e-13, second derivatives of moleculekit's twelfth power; most are near 1e-7 and 1e-15.
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
