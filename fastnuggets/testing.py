@@ -480,6 +480,31 @@ def _fit(
     return grid, start, torch.ones_like(start[:, 0]), ptr, sigma, omega, spacing, 1e-3, 8
 
 
+_FILTERS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int]]] = {  # [G, D, H, W], padded
+    "typical": ((3, 4, 5, 6), (6, 7, 9)),
+    "larger": ((6, 5, 7, 8), (6, 7, 9)),
+    "one": ((1, 1, 1, 1), (1, 1, 1)),
+    "empty": ((0, 4, 4, 4), (4, 4, 4)),
+    "parallel": ((19, 14, 13, 20), (16, 15, 24)),
+}
+
+
+def _filter_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(0, device, dtype)
+    return {
+        name: (uniform(-1, 1, *shape), uniform(0, 1, *size[:2], size[2] // 2 + 1), size)
+        for name, (shape, size) in _FILTERS.items()
+    }
+
+
+def _reference_filter(grid: Tensor, gain: Tensor, size: tuple[int, int, int]) -> Tensor:
+    axes = (-3, -2, -1)
+    if grid.numel() == 0:
+        return grid
+    filtered = torch.fft.irfftn(torch.fft.rfftn(grid, s=size, dim=axes) * gain, s=size, dim=axes)
+    return filtered[:, : grid.shape[1], : grid.shape[2], : grid.shape[3]].contiguous()
+
+
 _MOLECULE = ("coords", "weight", "size", "omega", "center", "rotation", "translation")
 
 # moleculekit's twelfth power at positions of poses rounded to float32: 5.1e-6. All other cases stay below 1e-6.
@@ -531,4 +556,5 @@ register(
         ("y",),
     )
 )
+register(OpCase("fastnuggets::filter_grids", _filter_samples, _reference_filter))
 register(OpCase("fastnuggets::fit_atoms", _fit_samples, reference.fit_atoms, synchronises=True))

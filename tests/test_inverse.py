@@ -160,8 +160,9 @@ def test_padding_keeps_the_walls_apart(device):
 def test_noise_is_estimated_where_no_atom_is():
     coords, channels, ptr = molecules(2)
     level = inverse._noise_level(grid_of(coords, channels, ptr, noise=0.2))
-    # 4 000 voxels, 1.3 % each way; an atom may touch a corner.
-    assert ((level - 0.2).abs() < 0.02).all()
+    # The median of 1 000 voxels is good to 3.7 % (one standard deviation), of 8 000 to 1.3 %.
+    assert ((level - 0.2).abs() < 0.03).all()
+    assert (level.mean() - 0.2).abs() < 0.006
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -314,13 +315,14 @@ def test_a_batch_is_its_molecules(device):
         torch.testing.assert_close(alone.positions, together.positions[own], rtol=0, atol=1e-4)
 
 
-def test_same_bits_for_any_number_of_threads(threads):
+@pytest.mark.parametrize("padding", [0.0, None])
+def test_same_bits_for_any_number_of_threads(threads, padding):
     coords, channels, ptr = molecules()
     grid = grid_of(coords, channels, ptr, noise=0.3)
     results = []
     for n in (1, 2, 3):
         threads(n)
-        results.append((*ops.find_atoms(grid, **WAVE), ops.deconvolve(grid, **WAVE)))
+        results.append(ops.find_atoms(grid, **WAVE, padding=padding))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
