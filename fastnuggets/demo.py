@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +125,10 @@ class Result(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     args = _parser().parse_args(argv)
+    # Before minutes are spent: the last of these is needed only for the page.
+    missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastnuggets[demo]'")
     try:
         result = run(args.input, args.out, QUICK if args.quick else STANDARD, seed=args.seed, restart=args.restart)
     except KeyboardInterrupt as stop:

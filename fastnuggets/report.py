@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -142,12 +143,13 @@ def write(result: Result, out: Path) -> Path:
 
 
 def _chosen(result: Result) -> list[int]:
-    """Test molecules worth a look: of many kinds of atoms and middling size, in an order that ignores the outcome."""
-    ptr, kinds = result.truth.ptr.tolist(), result.truth.channels
+    """Test molecules worth a look, whatever came out of them: of many kinds of atoms, the flattest of those first."""
+    ptr, truth = result.truth.ptr.tolist(), result.truth
     worth = []
-    for index in range(len(ptr) - 1):
-        own = kinds[ptr[index] : ptr[index + 1]]
-        worth.append((len(own.unique()), -abs(len(own) - 18), index))
+    for index, (start, end) in enumerate(pairwise(ptr)):
+        places = truth.positions[start:end]
+        thickness = (places @ _flat_axes(places).T).std(0)[2].item()
+        worth.append((min(4, len(truth.channels[start:end].unique())), -thickness, index))
     return [index for *_, index in sorted(worth, reverse=True)[: result.plan.shown]]
 
 

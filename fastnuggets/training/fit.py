@@ -70,7 +70,7 @@ def fit(
     Args:
         loss: the loss of a step, from the model and from data that depend on the number of the step alone (or on
             torch's default CPU generator). Then an interrupted and resumed training gives the same bits as one that
-            ran through.
+            ran through, on the same machine with as many threads.
         schedule: learning rate of a step, as a factor of the optimizer's.
         checkpoint: file, written every `every` seconds, on SIGINT and SIGTERM, and at the end.
         settings: of str, int, float, bool and lists of them; a checkpoint of other settings is refused.
