@@ -501,7 +501,7 @@ def _reference_filter(grid: Tensor, gain: Tensor, size: tuple[int, int, int]) ->
     axes = (-3, -2, -1)
     if grid.numel() == 0:
         return grid
-    filtered = torch.fft.irfftn(torch.fft.rfftn(grid, s=size, dim=axes) * gain, s=size, dim=axes)
+    filtered: Tensor = torch.fft.irfftn(torch.fft.rfftn(grid, s=size, dim=axes) * gain, s=size, dim=axes)
     return filtered[:, : grid.shape[1], : grid.shape[2], : grid.shape[3]].contiguous()
 
 

@@ -144,8 +144,8 @@ def deconvolve(
         [B, C, D, H, W], the dtype of `grid`; half and bfloat16 are computed in float32.
 
     Differentiable in `grid` (an estimated noise level counts as a constant). Deterministic for a given number of CPU
-    threads: PyTorch's transforms share one grid out among them, and round accordingly. Does not synchronise if sigma and
-    omega are numbers or on the CPU.
+    threads: PyTorch's transforms share one grid out among them, and round accordingly. Does not synchronise if sigma
+    and omega are numbers or on the CPU.
 
     Warns:
         UserWarning: more than a fifth of the frequencies that tell atoms apart are lost, see `condition_number`.
