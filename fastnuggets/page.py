@@ -30,7 +30,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px 36px; }
 img { width: 100%; height: auto; display: block; }
 svg { width: 100%; height: auto; display: block; color: var(--ink); }
-.rows { display: grid; grid-template-columns: 84px 1fr; align-items: stretch; }
+.rows { display: grid; grid-template-columns: 100px 1fr; align-items: stretch; }
 .rows .side { display: grid; grid-template-rows: 1fr 1fr; }
 .rows .side span, .heads span { color: var(--soft); font-size: 14px; line-height: 1.3; align-self: center; }
 .heads { display: grid; grid-template-columns: repeat(4, 1fr); gap: 3%; text-align: center; margin: 14px 0 6px; }

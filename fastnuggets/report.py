@@ -49,6 +49,7 @@ BOND = {
     "S": 1.05,
     "halogen": 1.1,
 }  # covalent, angstrom; halogens: Cl to Br
+LARGE = 14  # heavy atoms
 INK = "#010203"  # replaced by the text colour of the page
 
 
@@ -143,13 +144,14 @@ def write(result: Result, out: Path) -> Path:
 
 
 def _chosen(result: Result) -> list[int]:
-    """Test molecules worth a look, whatever came out of them: of many kinds of atoms, the flattest of those first."""
+    """Test molecules worth a look, whatever came out of them: not small, of many kinds of atoms, the flattest first."""
     ptr, truth = result.truth.ptr.tolist(), result.truth
     worth = []
     for index, (start, end) in enumerate(pairwise(ptr)):
         places = truth.positions[start:end]
         thickness = (places @ _flat_axes(places).T).std(0)[2].item()
-        worth.append((min(4, len(truth.channels[start:end].unique())), -thickness, index))
+        kinds = len(truth.channels[start:end].unique())
+        worth.append((end - start >= LARGE, min(4, kinds), -thickness, index))
     return [index for *_, index in sorted(worth, reverse=True)[: result.plan.shown]]
 
 
