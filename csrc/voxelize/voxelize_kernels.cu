@@ -178,9 +178,14 @@ struct Entries {
   FN_HD int64_t first_of(int64_t k, int64_t c) const { return (k * per_atom + (per_atom == 1 ? 0 : c)) * N; }
 };
 
+template <class R>
+int64_t entries_per_atom(const Molecules<R>& m) {
+  return m.channel != nullptr ? 1 : m.C;
+}
+
 template <class T>
 Entries<T> make_entries(const Molecules<Real<T>>& m, void* workspace) {
-  Entries<T> e{static_cast<Footprint*>(workspace), nullptr, nullptr, m.ptr, m.N, m.K, m.C, m.channel ? 1 : m.C};
+  Entries<T> e{static_cast<Footprint*>(workspace), nullptr, nullptr, m.ptr, m.N, m.K, m.C, entries_per_atom(m)};
   e.sums = reinterpret_cast<double*>(e.footprints + e.count());
   e.placed = reinterpret_cast<Placed<T>*>(e.sums + e.count() * Entries<T>::kSums);
   return e;
@@ -959,7 +964,7 @@ void launch_sparse(const CudaJob<R>& job, const SparseOutput& out) {
 
 template <class T>
 std::size_t workspace_bytes(const Molecules<Real<T>>& m) {
-  return std::size_t(make_entries<T>(m, nullptr).count()) * Entries<T>::kBytes;
+  return std::size_t(m.N * m.K * entries_per_atom(m)) * Entries<T>::kBytes;
 }
 
 template <class T>
