@@ -96,7 +96,8 @@ the wave is in its trough, around every atom. Drag to turn both.</p>
 <div class="smiles" id="smiles"></div>
 <p class="note">A pink ring marks an atom found where there is none, or of another element; a dashed circle an atom that
 was missed. Bonds are drawn between atoms as near as a bond, on both sides alike. Crests are drawn above one half of
-an atom's peak: the autoencoder softens many to less, and the atom is still found, as find_atoms fits the whole wave.</p>
+an atom's peak: the autoencoder softens many to less, and the atom is still found, as find_atoms fits the whole
+wave.</p>
 <noscript><p>The viewer needs JavaScript; everything else on this page does not.</p></noscript>
 </section>
 
