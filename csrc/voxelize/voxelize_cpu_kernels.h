@@ -16,7 +16,7 @@
 namespace fastnuggets {
 namespace {
 
-constexpr int kLanes = 16;  // rows are padded to this many voxels, so that loops over them have no remainder
+constexpr int kLanes = 8;  // rows are padded to this many voxels, so that loops over them have no remainder
 
 // Calls f(k) for k in [0, n). The index is as wide as a pointer, or the compiler would not see that rows are
 // contiguous.
