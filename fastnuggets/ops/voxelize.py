@@ -397,7 +397,7 @@ def _into(
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     # Detached: the graph of a grid that stood here before must not reach into this one's.
-    grid = out.detach().view(grids)
+    grid = out.view(grids).detach()
     _op("voxelize_")(grid, *molecules, *rules, None)
     return grid.view(sizes) if grid.requires_grad else out
 
