@@ -114,10 +114,9 @@ class Voxelizer(torch.nn.Module):
         poses: dict[str, Any] = {}
         if not self.training:
             return poses
-        draw: dict[str, Any] = {
-            "generator": self.generator,
-            "device": self.generator.device if self.generator else "cpu",
-        }
+        source = self.generator
+        # torch.compile knows no generator, not even None.
+        draw: dict[str, Any] = {"device": "cpu"} if source is None else {"device": source.device, "generator": source}
         if self.random_rotation:
             poses["rotation"] = rotations(torch.randn(batch, 4, **draw)).to(coords)
         if self.random_shift:
