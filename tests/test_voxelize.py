@@ -973,3 +973,58 @@ def test_other_dtypes_are_converted(device):
 def test_meta_and_cpu_do_not_mix():
     with pytest.raises(ValueError, match=r"channels|ptr|coords"):
         ops.voxelize(**{**GOOD, "coords": GOOD["coords"].to("meta")})
+
+
+# ---- GridBuffer
+
+
+def _some(seed, n=30, batch=4):
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.randint(0, n + 1, (batch - 1,), generator=generator).sort().values
+    coords = (torch.rand(n, 3, generator=generator) - 0.5) * 9
+    channels = torch.randint(0, 3, (n,), generator=generator)
+    return coords, channels, torch.cat([torch.tensor([0]), ends, torch.tensor([n])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("combine", ["sum", "max"])
+def test_a_buffer_holds_what_a_fresh_grid_would(dtype, combine, device):
+    buffer = ops.GridBuffer()
+    options = {"shape": (9, 14, 21), "num_channels": 3, "radius": 1.6, "combine": combine, "dtype": dtype}
+    for seed, batch in ((0, 4), (1, 4), (2, 2), (3, 6), (4, 1), (5, 6)):
+        given = [t.to(device) for t in _some(seed, batch=batch)]
+        density = ("molgrid", "gaussian", "sphere")[seed % 3]
+        got = ops.voxelize(*given, density=density, out=buffer, **options)
+        assert torch.equal(got, ops.voxelize(*given, density=density, **options))
+
+
+def test_a_buffer_with_poses_and_another_shape(device):
+    buffer = ops.GridBuffer()
+    given = [t.to(device) for t in _some(7)]
+    for shape in (12, 16, 12):
+        for poses in (3, 2):
+            shift = torch.linspace(-1, 1, 4 * poses * 3, device=device).view(4, poses, 3)
+            options = {"shape": shape, "num_channels": 3, "density": "molgrid", "radius": 1.5, "translation": shift}
+            assert torch.equal(ops.voxelize(*given, out=buffer, **options), ops.voxelize(*given, **options))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_a_buffer_notices_that_others_wrote_to_it(mode, device):
+    buffer = ops.GridBuffer()
+    options = {"shape": 16, "num_channels": 3, "density": "molgrid", "radius": 1.5}
+    first, second = ([t.to(device) for t in _some(seed)] for seed in (8, 9))
+    with mode():
+        ops.voxelize(*first, out=buffer, **options).add_(1)
+        assert torch.equal(ops.voxelize(*second, out=buffer, **options), ops.voxelize(*second, **options))
+    assert torch.equal(ops.voxelize(*first, out=buffer, **options), ops.voxelize(*first, **options))
+
+
+def test_a_backward_through_an_overwritten_buffer_is_an_error(device):
+    buffer = ops.GridBuffer()
+    coords, channels, ptr = (t.to(device) for t in _some(10))
+    leaf = coords.clone().requires_grad_()
+    options = {"shape": 16, "num_channels": 3, "density": "molgrid", "radius": 1.5, "out": buffer}
+    loss = ops.voxelize(leaf, channels, ptr, **options).square().sum()  # square keeps the grid
+    ops.voxelize(coords, channels, ptr, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
