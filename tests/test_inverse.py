@@ -431,3 +431,9 @@ def test_layer_warns_at_construction():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nn.Deconvolution([1.0, 0.75], 0.5)
+
+
+def test_a_noise_level_far_too_low_is_refused_before_the_fit():
+    grid = torch.randn(1, 1, 40, 40, 40, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="noise is too low for this grid"):
+        ops.find_atoms(grid, sigma=1.0, omega=0.5, noise=1e-3)

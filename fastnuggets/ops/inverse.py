@@ -26,6 +26,8 @@ MERGE_DISTANCE = 0.7  # angstrom, within a channel
 CONFLICT_DISTANCE = 0.9  # angstrom, between channels
 # Grids are filtered in parts. On the CPU their temporaries are small enough for malloc to recycle: fresh pages cost
 # more than the transform.
+LEAST_VOLUME = 20.0  # cubic angstrom an atom of one channel
+FEWEST_REFUSED = 64
 CHUNK_VOXELS = {"cpu": 2**20, "cuda": 2**27}
 
 RESOLUTION = 0.70  # 1/angstrom: neighbours of one element are 1.2 angstrom apart or more, and bonds 1.4
@@ -272,8 +274,18 @@ class _Search:
                 estimate = torch.ops.fastnuggets.filter_grids(self.residual(part, atoms), gain, self.wiener.padded)
                 noise = amplification * self.level[part]
                 peaks = _peaks(estimate, (significance * noise).clamp(min=height), self.spacing)
+                self.refuse_a_crowd(peaks.group, len(part))
                 found.append(peaks._replace(group=part[peaks.group]))
         return found[0].also(*found[1:])
+
+    def refuse_a_crowd(self, group: Tensor, groups: int) -> None:
+        # Fitting them all would take hours, and they are not atoms: even carbons of a protein have more room.
+        volume = math.prod(n * h for n, h in zip(self.grids.shape[1:], self.spacing, strict=True))
+        most = max(FEWEST_REFUSED, volume / LEAST_VOLUME)
+        if groups and len(group) and (count := int(torch.bincount(group).max())) > most:
+            raise ValueError(
+                f"noise is too low for this grid: {count} peaks stand out of it in one channel, {most:.0f} would be dense"
+            )
 
     def residual(self, groups: Tensor, atoms: _Peaks) -> Tensor:
         """The grids of these groups less their atoms, [n, D, H, W]; sets their energy."""
