@@ -284,7 +284,7 @@ class _Search:
         most = max(FEWEST_REFUSED, volume / LEAST_VOLUME)
         if groups and len(group) and (count := int(torch.bincount(group).max())) > most:
             raise ValueError(
-                f"noise is too low for this grid: {count} peaks stand out of it in one channel, {most:.0f} would be dense"
+                f"noise is too low for this grid: {count} peaks in one channel, {most:.0f} would be dense"
             )
 
     def residual(self, groups: Tensor, atoms: _Peaks) -> Tensor:
