@@ -78,9 +78,10 @@ class OpCase:
 
         def function(*args: Any) -> tuple[Tensor, ...]:
             given = list(args)
-            for i in mutated:
+            written = [i for i in mutated if given[i] is not None]
+            for i in written:
                 given[i] = given[i].clone()
-            return _as_tuple(overload(*given)) + tuple(given[i] for i in mutated)
+            return _as_tuple(overload(*given)) + tuple(given[i] for i in written)
 
         return function
 
@@ -255,7 +256,7 @@ def _voxelize_into_samples(device: torch.device, dtype: torch.dtype) -> Samples:
     for name, (*molecules, shape, spacing, density, combine, cutoff, _) in _voxelize_samples(device, dtype).items():
         grids = (molecules[1].numel() - 1) * (1 if molecules[6] is None else molecules[6].shape[1])
         out = torch.full((grids, molecules[3].shape[1], *shape), 7.0, dtype=dtype, device=device)
-        made[name] = (out, *molecules, spacing, density, combine, cutoff)
+        made[name] = (out, *molecules, spacing, density, combine, cutoff, None)
     return made
 
 
@@ -331,7 +332,7 @@ def _reference_voxelize(
 
 
 def _reference_voxelize_into(out: Tensor, *rest: Any) -> Tensor:
-    *molecules, spacing, density, combine, cutoff = rest
+    *molecules, spacing, density, combine, cutoff, _ = rest
     return _reference_voxelize(*molecules, list(out.shape[2:]), spacing, density, combine, cutoff)
 
 
