@@ -283,9 +283,7 @@ class _Search:
         volume = math.prod(n * h for n, h in zip(self.grids.shape[1:], self.spacing, strict=True))
         most = max(FEWEST_REFUSED, volume / LEAST_VOLUME)
         if groups and len(group) and (count := int(torch.bincount(group).max())) > most:
-            raise ValueError(
-                f"noise is too low for this grid: {count} peaks in one channel, {most:.0f} would be dense"
-            )
+            raise ValueError(f"noise is too low for this grid: {count} peaks in one channel, {most:.0f} would be dense")
 
     def residual(self, groups: Tensor, atoms: _Peaks) -> Tensor:
         """The grids of these groups less their atoms, [n, D, H, W]; sets their energy."""
