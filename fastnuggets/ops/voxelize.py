@@ -396,6 +396,8 @@ def _into(
         raise ValueError(f"out must have dtype {dtype}, got {out.dtype}")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out.is_leaf and out.requires_grad:
+        raise ValueError("out must not be a leaf that requires a gradient: its values are overwritten")
     # Detached: the graph of a grid that stood here before must not reach into this one's.
     grid = out.view(grids).detach()
     _op("voxelize_")(grid, *molecules, *rules, None)
