@@ -73,7 +73,7 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a dict, ``model(batch[0])`` for a tuple or list (data and label), else ``model(batch)``."""
+    """``model(**batch)`` for a dict, ``model(batch[0])`` for a tuple or list (data, label), else ``model(batch)``."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
