@@ -54,6 +54,23 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def write(held: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Copies values over tensors of the same names and shapes, of any type and device; else a ValueError, first."""
+    odd = sorted(name for name in held.keys() ^ values.keys())
+    odd = odd or [name for name, tensor in held.items() if tensor.shape != values[name].shape]
+    if odd:
+        raise ValueError(f"{what} does not fit the model: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(values[name])
+
+
+def evaluation(model: nn.Module) -> None:
+    """Clears every training flag, without ``eval()``, which may be overridden to do more."""
+    for module in model.modules():
+        module.training = False
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lies."""
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
@@ -82,7 +99,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 Forward = Callable[[nn.Module, Any], Any]
 
 
-def track(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+def track(items: Iterable[Any], what: str, progress: bool, total: int | None = None) -> Iterable[Any]:
     """The items, under a bar on stderr if that is a terminal and tqdm is installed."""
     if not progress:
         return items
@@ -90,4 +107,4 @@ def track(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=what, disable=None, leave=False)
+    return tqdm(items, desc=what, total=total, disable=None, leave=False)
