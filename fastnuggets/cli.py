@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ examples:
   fastnuggets conformers molecules.smi --out molecules.parquet
   fastnuggets voxelize molecules.smi --out grids.zarr
   fastnuggets invert grids.zarr --out atoms.sdf
+  fastnuggets average a.safetensors b.safetensors -o soup.safetensors
 """
 _EXIT_CODES = """\
 exit codes:
@@ -71,8 +74,21 @@ molecule. After an interruption the same command finds the finished conformers i
 example:
   fastnuggets conformers molecules.smi --out molecules.parquet
 """
+_AVERAGE = """\
+Average checkpoints of one model into a safetensors file: their mean, a weighted sum, or a moving average.
+
+A checkpoint is a .safetensors file, a .pt, .pth or .bin file of tensors, the .index.json of a sharded model, or the
+folder of one of these. Models may be larger than memory. Sums are float32 and rounded once; integer tensors come from
+the last checkpoint. OUT appears only when it is complete; the same command gives the same bytes.
+
+examples:
+  fastnuggets average run1.safetensors run2.safetensors run3.safetensors -o soup.safetensors
+  fastnuggets average base/ tuned/ --weights 0.3 0.7 -o merged/ --max-shard-size 5GB
+  fastnuggets average epoch*.pt --ema 0.9 -o ema.safetensors --dtype float32
+"""
 _RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "deepfrag")
 _KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SIGMA = {"wave": 1.0, "gaussian": 0.5}
 _BATCH_BYTES = 1 << 28
 _OUTSIDE = "outside"
@@ -160,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     atoms.add_argument("--out", required=True, type=Path, metavar="FILE.sdf")
     atoms.add_argument("--noise", type=float, help="noise of a voxel (default: estimated from the grid)")
     atoms.add_argument("--device", type=_device, default="cpu", help="where to compute (default cpu)")
+
+    soup = command("average", _average, "checkpoints -> their average (safetensors)", _AVERAGE)
+    soup.add_argument("inputs", type=Path, nargs="+", metavar="CHECKPOINT", help="what to average, in this order")
+    soup.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="name.safetensors, or a folder")
+    how = soup.add_mutually_exclusive_group()
+    how.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each, used as given (default 1/K)")
+    how.add_argument("--ema", type=float, metavar="DECAY", help="a = DECAY a + (1 - DECAY) w, from the first one on")
+    soup.add_argument("--dtype", choices=_FLOATS, help="of the output (default: as in the checkpoints)")
+    soup.add_argument("--max-shard-size", type=_size, metavar="5GB", help="write shards and an index if it is larger")
+    soup.add_argument("--allow-nonfinite", action="store_true", help="write NaN and inf instead of refusing them")
+    soup.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser
 
 
@@ -207,6 +234,15 @@ def _positive(text: str) -> float:
     return value
 
 
+def _size(text: str) -> int:
+    """Bytes; GB is 10^9 and GiB is 2^30."""
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+    number, letter, binary = found.groups()
+    return max(1, int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " ")))
+
+
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
@@ -231,7 +267,7 @@ def _info(args: argparse.Namespace) -> int:
     from importlib import metadata
 
     lines = {"fastnuggets": fastnuggets.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "rdkit", "pyarrow", "zarr", "tqdm", "matplotlib"):
+    for package in ("numpy", "rdkit", "pyarrow", "zarr", "safetensors", "tqdm", "matplotlib"):
         try:
             lines[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -496,6 +532,38 @@ def _atoms(grids: Grids, args: argparse.Namespace) -> Iterator[tuple[str, str, l
             mol, level = bonded(numbers[channels[own]].tolist(), positions[own] + grids.centers[row])
             properties = {"smiles": grids.smiles[row], "bonds": level}
             yield sdf_record(mol, grids.names[row], properties), level, [info.elements[c] for c in channels[own]]
+
+
+def _average(args: argparse.Namespace) -> int:
+    from fastnuggets.training.soup import average_checkpoints
+
+    if args.weights and len(args.weights) != len(args.inputs):
+        raise _UsageError(f"--weights has {len(args.weights)} numbers for {len(args.inputs)} checkpoints")
+    if args.ema is not None and not 0 <= args.ema <= 1:
+        raise _UsageError(f"--ema must be in [0, 1], got {args.ema}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")  # type: ignore[assignment]
+        soup = average_checkpoints(
+            args.inputs,
+            args.out,
+            weights=args.weights,
+            ema=args.ema,
+            dtype=args.dtype and getattr(torch, args.dtype),
+            max_shard_size=args.max_shard_size,
+            allow_nonfinite=args.allow_nonfinite,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+    last = args.inputs[-1]
+    if soup.integers:
+        _say(f"integer tensors taken from {last}: {soup.integers}")
+    if soup.left_out:
+        _say(f"entries left out that are no tensors: {soup.left_out}")
+    if soup.nonfinite:
+        _say(f"tensors with NaN or inf: {', '.join(soup.nonfinite)}")
+    shards = f" in {len(soup.files) - 1} shards" if len(soup.files) > 1 else ""
+    print(f"{soup.files[-1]}: {soup.tensors} tensors{shards}, the average of {len(args.inputs)} checkpoints")
+    return OK
 
 
 if __name__ == "__main__":
