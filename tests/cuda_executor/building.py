@@ -17,15 +17,17 @@ def _newest(sources: tuple[Path, ...]) -> float:
     return max(path.stat().st_mtime for path in (*sources, *headers, Path(__file__)))
 
 
-def build(*sources: Path, sanitize: bool, shared: bool, define: tuple[str, ...] = ()) -> Path:
+def build(
+    *sources: Path, sanitize: bool, shared: bool, define: tuple[str, ...] = (), flags: tuple[str, ...] = ()
+) -> Path:
     """Returns the program, or the shared library, made from source files and named after the first."""
-    name = "-".join([sources[0].stem, *define, *(["sanitized"] if sanitize else [])])
+    name = "-".join([sources[0].stem, *define, *(["sanitized"] if sanitize else []), *(f.lstrip("-") for f in flags)])
     target = BUILD / (name + ".so" if shared else name)
     if target.exists() and target.stat().st_mtime > _newest(sources):
         return target
     BUILD.mkdir(exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *(SANITIZERS * sanitize), *(["-shared"] * shared)]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *(SANITIZERS * sanitize), *(["-shared"] * shared)]
     command += [f"-D{name}" for name in define] + [f"-I{HERE / 'shim'}", f"-I{CSRC}", "-x", "c++", *map(str, sources)]
     result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
     if result.returncode:
