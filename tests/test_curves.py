@@ -171,7 +171,7 @@ def test_length(kind, bends):
     flat = torch.stack([torch.cat([w.detach().flatten() for w in point]) for point in curve.points])
     path = curve.coefficients(times) @ flat
     lengths = torch.cat([torch.zeros(1), (path.diff(dim=0)).norm(dim=1).cumsum(0)])
-    # Measured: at most 3e-8 (Bezier), 6e-9 for chains, whose corners the 24 000 chords cut.
+    # Measured: at most 3.3e-7 of lengths up to 7 (Bezier), and 1.4e-12 (chains).
     torch.testing.assert_close(curve.length(times), lengths, rtol=1e-6, atol=1e-6)
     even = curve.uniform(9)
     assert even[0] == 0
@@ -325,9 +325,11 @@ def test_two_optima_are_joined_by_a_curve_of_low_loss(two_optima, kind):
     losses = curve.fit(loss, [0], steps=600, lr=0.05, weight_decay=0.0, progress=False)
     found = curve.evaluate(loss, points=31)
     ends_loss = max(found.loss[0], found.loss[-1])
-    assert ends_loss < 0.05
-    assert line.loss.max() > 0.3
-    assert found.loss.max() < 0.25 * line.loss.max()
+    # Measured: 0.002 at the ends, 0.37 on the line, 0.022 (Bezier) and 0.011 (chain) on the curve; over three pairs
+    # of models at most 0.22 of the line's.
+    assert ends_loss < 0.01
+    assert line.loss.max() > 0.2
+    assert found.loss.max() < 0.3 * line.loss.max()
     assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
 
 

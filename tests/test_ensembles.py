@@ -1,13 +1,15 @@
 """fastnuggets.training's ensembles against members that are kept and averaged by hand."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from fastnuggets.training import FastGeometricEnsemble, SnapshotEnsemble, WeightAverager, swag_predict, update_bn
-from fastnuggets.training.schedules import CosineCyclicLR, TriangularCyclicLR
+from fastnuggets.training.schedules import SWALR, CosineCyclicLR, TriangularCyclicLR
 
 INPUTS = torch.randn(7, 6, generator=torch.Generator().manual_seed(5))
 # The mean of a few float32 probabilities; measured at most 6e-8.
@@ -112,6 +114,22 @@ def test_schedules_say_when(place):
         SnapshotEnsemble(model, TriangularCyclicLR(optimizer, 4, 0.1))
     with pytest.raises(ValueError, match="needs a schedule"):
         SnapshotEnsemble(model).update()
+
+
+def test_a_schedule_that_is_done_takes_no_more():
+    """In SequentialLR it stays at its lowest rate, and the next one may even start from there."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ensemble = SnapshotEnsemble(model, CosineCyclicLR(optimizer, 8, 2))
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ensemble.schedule, SWALR(optimizer, 0.05, 3)], [8])
+    taken, at_minimum = [], []
+    for step in range(1, 15):
+        optimizer.step()
+        at_minimum += [step] * ensemble.schedule.at_minimum
+        taken += [step] * ensemble.update()
+        schedule.step()
+    assert taken == [4, 8]
+    assert at_minimum == [4, 8, 9]
 
 
 def test_state_resumes(place, tmp_path):
@@ -234,6 +252,13 @@ def test_errors(tmp_path):
         collected(ensemble, 2)
         lengths = iter((1, 2))
         ensemble.predict_loader(type("Loader", (), {"__iter__": lambda _: iter([INPUTS] * next(lengths))})())
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    code = "import sys\nfor m in ('tqdm', 'safetensors', 'matplotlib'): sys.modules[m] = None\n"
+    code += "import torch, fastnuggets.training as t\n"
+    code += "t.update_bn([torch.randn(4, 3)], torch.nn.BatchNorm1d(3))\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def averager(rank=4):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastnuggets import ops
 from fastnuggets.training.averaging import WeightAverager
 from fastnuggets.training.batchnorm import update_bn
-from fastnuggets.training.schedules import CosineCyclicLR, TriangularCyclicLR, _Cyclic
+from fastnuggets.training.schedules import CosineCyclicLR, Cyclic, TriangularCyclicLR
 from fastnuggets.training.weights import (
     Forward,
     buffers,
@@ -38,13 +38,13 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 class _Ensemble:
-    _schedule: type[_Cyclic]
+    _schedule: type[Cyclic]
     _name: str
 
     def __init__(
         self,
         model: nn.Module,
-        schedule: _Cyclic | None = None,
+        schedule: Cyclic | None = None,
         *,
         limit: int | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -62,6 +62,7 @@ class _Ensemble:
         self.dtype = dtype
         self.device = torch.device("cpu") if folder is not None else None if device is None else torch.device(device)
         self.taken = 0
+        self._stood = -1  # step of the schedule when update() was last called
         self._members: list[Weights | Path] = []
 
     def __len__(self) -> int:
@@ -74,7 +75,10 @@ class _Ensemble:
         """
         if self.schedule is None:
             raise ValueError("update() needs a schedule; without one, call collect() where a model is to be taken")
-        if self.schedule.at_minimum:
+        # A schedule that SequentialLR has done with stays where it ended, often at its lowest rate.
+        moved = self.schedule.last_epoch != self._stood
+        self._stood = self.schedule.last_epoch
+        if moved and self.schedule.at_minimum:
             self.collect()
             return True
         return False
@@ -115,8 +119,8 @@ class _Ensemble:
     def predict(self, inputs: Any, *, forward: Forward | None = None, output: Output = probabilities) -> Tensor:
         """The mean over all members of their predictions for one batch: [N, ..., classes], float32 or wider.
 
-        The members take the model's place, in evaluation mode and without gradients; afterwards the model is as it
-        was, after an error too. Differs from training only in memory: one more copy of the weights.
+        The members take the model's place in turn, in evaluation mode and without gradients; afterwards the model is
+        as it was, after an error too. Needs memory for one more set of weights.
 
         Args:
             inputs: a batch; it is moved to where the model is.
@@ -311,7 +315,7 @@ def _save(path: Path, member: Weights) -> None:
     """Written beside `path` and renamed: there is the old file or the whole new one, whenever it is interrupted."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # ranks may write the same member
     save_file({name: tensor.contiguous() for name, tensor in member.items()}, partial)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())

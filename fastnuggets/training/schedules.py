@@ -101,21 +101,25 @@ class FlatLinearFlatLR(_Schedule):
         return first + (last - first) * share
 
 
-class _Cyclic(_Schedule):
+class Cyclic(_Schedule):
+    """What the cyclic schedules have in common: they say when to take a model."""
+
     cycle: int  # steps
     _lowest: int  # step of a cycle, from 0, that has the lowest rate
 
     @property
     def at_minimum(self) -> bool:
         """Whether the rate in place is the lowest of its cycle: after the optimizer's step with it, take the model."""
-        return self.last_epoch >= 0 and self.last_epoch % self.cycle == self._lowest
+        # In SequentialLR this schedule stands still while another one sets the rate.
+        in_place = all(g["lr"] == rate for g, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True))
+        return self.last_epoch >= 0 and self.last_epoch % self.cycle == self._lowest and in_place
 
     def cycle_ends(self, steps: int) -> list[int]:
         """After how many of `steps` steps models are to be taken."""
         return list(range(self._lowest + 1, steps + 1, self.cycle))
 
 
-class CosineCyclicLR(_Cyclic):
+class CosineCyclicLR(Cyclic):
     """Snapshot ensembles' rate, a0 / 2 (cos(π mod(i - 1, L) / L) + 1) in step i = 1, 2, ..., with L = ceil(T / M).
 
     a0 is the optimizer's rate. A model is taken at the end of each cycle.
@@ -135,7 +139,7 @@ class CosineCyclicLR(_Cyclic):
         return self.base_lrs[group] * (0.5 * (1 + math.cos(math.pi * (done % self.cycle) / self.cycle)))
 
 
-class TriangularCyclicLR(_Cyclic):
+class TriangularCyclicLR(Cyclic):
     """Fast geometric ensembles' rate: in step i = 1, 2, ..., with t = (mod(i - 1, c) + 1) / c, from a1 down to a2 at
     t = 1/2 and up to a1 again at t = 1, linearly. A model is taken in the middle of each cycle.
 
@@ -162,7 +166,7 @@ class TriangularCyclicLR(_Cyclic):
         return height * high + (1 - height) * self.min_lrs[group]
 
 
-class SawtoothCyclicLR(_Cyclic):
+class SawtoothCyclicLR(Cyclic):
     """SWA's cyclic rate: (1 - t) a1 + t a2 with t = (mod(i - 1, c) + 1) / c in step i = 1, 2, ...
 
     A model is averaged at the end of each cycle, where the rate is a2.

@@ -54,12 +54,16 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def write(held: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
-    """Copies values over tensors of the same names and shapes, of any type and device; else a ValueError, first."""
-    odd = sorted(name for name in held.keys() ^ values.keys())
-    odd = odd or [name for name, tensor in held.items() if tensor.shape != values[name].shape]
+def check_fit(held: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """ValueError if names or shapes differ, with those that do."""
+    odd = sorted(held.keys() ^ given.keys()) or [name for name in held if held[name].shape != given[name].shape]
     if odd:
         raise ValueError(f"{what} does not fit the model: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}")
+
+
+def write(held: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Copies values over tensors of the same names and shapes, of any type and device; else as `check_fit`."""
+    check_fit(held, values, what)
     with torch.no_grad():
         for name, tensor in held.items():
             tensor.copy_(values[name])
