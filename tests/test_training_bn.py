@@ -97,6 +97,18 @@ def test_every_layer_of_a_network():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "dropout was on"
 
 
+def test_a_batch_larger_than_is_looked_at_together():
+    """Parts of one batch, the last one smaller, and weights cut like them."""
+    x = data(4, 40, 40, batches=(60, 50))
+    assert x[0].numel() > 1 << 18
+    plain, weighted = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    update_bn(x, plain)
+    assert_statistics(plain, x)
+    assert plain.num_batches_tracked == 2
+    update_bn(x, weighted, weight=lambda batch: torch.arange(len(batch)) % 2)
+    assert_statistics(weighted, [batch[1::2] for batch in x])
+
+
 def test_large_mean_does_not_cancel():
     x = [torch.randn(64, 3) * 0.1 + 1000 for _ in range(8)]
     layer = nn.BatchNorm1d(3)

@@ -13,6 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from fastnuggets.training.weights import Forward, call, device_of, move, track, unwrap
 
+_TINY = torch.finfo(torch.float64).tiny
+# Values that are looked at together. On the CPU their float64 copy stays in the cache: 46 ms without, 9 with it for
+# [32, 64, 56, 56], which the layer itself takes 31 ms for; 2^14 and 2^16 were slower for small images.
+_TOGETHER = {"cpu": 1 << 18}
+
 
 def update_bn(
     loader: Iterable[Any],
@@ -99,14 +104,14 @@ class _Moments:
         self.count: Tensor | None = None  # []
         self.mean = self.m2 = torch.empty(0)  # [C]
 
-    def add(self, count: Tensor, mean: Tensor, m2: Tensor, batches: int = 1) -> None:
+    def add(self, count: Tensor, mean: Tensor, m2: Tensor, batches: int) -> None:
         """Another part: the parallel form of T. Chan, G. Golub, R. LeVeque, 1983, which does not cancel."""
         self.batches += batches
         if self.count is None:
             self.count, self.mean, self.m2 = count, mean, m2
             return
         total = self.count + count
-        share = count / total.clamp(min=torch.finfo(torch.float64).tiny)
+        share = count / total.clamp(min=_TINY)
         step = mean - self.mean
         self.mean = self.mean + step * share
         self.m2 = self.m2 + m2 + step.square() * self.count * share
@@ -157,7 +162,7 @@ def _watch(name: str, layer: _BatchNorm, moments: _Moments, weighing: _Weighing,
             moments.write(layer)
             layer.training = False
         if x.numel():
-            moments.add(*_moments(name, x, weighing.weights))
+            _add_input(name, x.detach(), weighing.weights, moments)
 
     def after(*_: Any) -> None:
         layer.training = True
@@ -169,8 +174,19 @@ def _watch(name: str, layer: _BatchNorm, moments: _Moments, weighing: _Weighing,
         hooks.callback(handle.remove)
 
 
-def _moments(name: str, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.detach().to(torch.float64, copy=True)
+def _add_input(name: str, x: Tensor, weights: Tensor | None, moments: _Moments) -> None:
+    if weights is not None and weights.shape != x.shape[:1]:
+        raise ValueError(f"{name}: weight must give one number a sample, [{x.size(0)}], got {list(weights.shape)}")
+    rows = max(1, _TOGETHER.get(x.device.type, 1 << 24) // (x.numel() // x.size(0)))
+    for start in range(0, x.size(0), rows):
+        part = None if weights is None else weights[start : start + rows]
+        moments.add(*_moments(x[start : start + rows], part), batches=0)
+    moments.batches += 1
+
+
+def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations [C] of an input [N, C, ...], in two passes over a float64 copy."""
+    y = x.to(torch.float64, copy=True)
     dims = [0, *range(2, y.dim())]
     shape = [1, -1] + [1] * (y.dim() - 2)
     values = y.numel() // y.size(1)
@@ -178,11 +194,9 @@ def _moments(name: str, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
         count = torch.full((), values, dtype=torch.float64, device=y.device)
         mean = y.sum(dims) / count
         return count, mean, y.sub_(mean.view(shape)).square_().sum(dims)
-    if weights.shape != y.shape[:1]:
-        raise ValueError(f"{name}: weight must give one number a sample, [{y.size(0)}], got {list(weights.shape)}")
     w = weights.to(y.device).view(-1, *[1] * (y.dim() - 1))
-    count = weights.to(y.device).sum() * (values // y.size(0))
-    mean = (y * w).sum(dims) / count.clamp(min=torch.finfo(torch.float64).tiny)
+    count = w.sum() * (values // y.size(0))
+    mean = (y * w).sum(dims) / count.clamp(min=_TINY)
     return count, mean, y.sub_(mean.view(shape)).square_().mul_(w).sum(dims)
 
 
