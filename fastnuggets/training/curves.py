@@ -124,8 +124,9 @@ class Curve:
         sources = [[weight.detach() for weight in self.points[k]] for k, _ in counted]
         held = parameters(self.model)
         ops.weighted_sum_([held[name] for name in self.names], sources, [c for _, c in counted])
-        for name, buffer in buffers(self.model).items():
-            first, last = (side[name] for side in self._buffers)
+        live = dict(unwrap(self.model).named_buffers()) if self._buffers[0] else {}
+        for name, first in self._buffers[0].items():
+            buffer, last = live[name].detach(), self._buffers[1][name]
             whole = not buffer.is_floating_point()
             buffer.copy_((first if t < 0.5 else last) if whole or t in (0, 1) else first.lerp(last, t))
 

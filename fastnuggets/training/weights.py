@@ -83,7 +83,7 @@ def device_of(model: nn.Module) -> torch.device:
 def move(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on the device: tensors, dicts, tuples, named tuples and lists, nested."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, Mapping):
         return {key: move(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
