@@ -1,7 +1,37 @@
 """Training: the fit loop, averages of weights and what belongs to them."""
 
 from fastnuggets.training import schedules
+from fastnuggets.training.averaging import WeightAverager
 from fastnuggets.training.batchnorm import update_bn
+from fastnuggets.training.curves import Curve, CurveLoss, LossPlane, loss_plane, plot_curve, plot_plane
+from fastnuggets.training.decay import EmaDecay
+from fastnuggets.training.distributed import DistributedAverager
+from fastnuggets.training.ensembles import FastGeometricEnsemble, SnapshotEnsemble, swag_predict
 from fastnuggets.training.fit import Checkpoint, Interrupted, fit, load_checkpoint, save_checkpoint
+from fastnuggets.training.soup import GreedySoup, Soup, average_checkpoints, greedy_soup
 
-__all__ = ["Checkpoint", "Interrupted", "fit", "load_checkpoint", "save_checkpoint", "schedules", "update_bn"]
+__all__ = [
+    "Checkpoint",
+    "Curve",
+    "CurveLoss",
+    "DistributedAverager",
+    "EmaDecay",
+    "FastGeometricEnsemble",
+    "GreedySoup",
+    "Interrupted",
+    "LossPlane",
+    "SnapshotEnsemble",
+    "Soup",
+    "WeightAverager",
+    "average_checkpoints",
+    "fit",
+    "greedy_soup",
+    "load_checkpoint",
+    "loss_plane",
+    "plot_curve",
+    "plot_plane",
+    "save_checkpoint",
+    "schedules",
+    "swag_predict",
+    "update_bn",
+]
