@@ -66,7 +66,8 @@ class WeightAverager:
             more bytes an element. See `fastnuggets.ops.ema_update_`.
         seed: of the stochastic rounding.
         device: of the averages. Default: that of each weight. With "cpu" and a model on CUDA an update queues copies
-            into pinned memory and returns; a thread averages them when they are there.
+            into pinned memory and returns; a thread averages them when they are there. What went wrong in it is raised
+            by the next use of the averages.
         buffers: "average", integers excepted; "copy": taken from the model in each update; "recompute": taken from
             the model when the averages are first used after an update, and then left to
             `fastnuggets.training.update_bn` inside `swapped`, whose result is kept until the next update.
@@ -83,8 +84,9 @@ class WeightAverager:
     Warns:
         UserWarning: of averages in half precision that are rounded to nearest: they stand still.
 
-    Deterministic. `update` does not synchronise but for ``nonfinite``, and can be captured in a CUDA graph from its
-    second call on if the decay is constant. P. Izmailov et al., UAI 2018, arXiv:1803.05407 (SWA); W. Maddox et al.,
+    Deterministic. `update` does not synchronise but for ``nonfinite``. From its second call on it can be captured in a
+    CUDA graph, which repeats the decay and the random numbers of that call: for "ema" with a constant decay, rounded to
+    nearest. P. Izmailov et al., UAI 2018, arXiv:1803.05407 (SWA); W. Maddox et al.,
     NeurIPS 2019, arXiv:1902.02476 (SWAG).
     """
 
@@ -163,12 +165,11 @@ class WeightAverager:
         if self.nonfinite != "propagate" and not self._finite():
             return False
         decays = [decay.at(self.count) for decay in self.decays]
-        if self._store.staging is None:
-            self._store.average(self.count, decays, self.seed)
-        else:
-            self._finish()
-            self._store.staging.take()
+        self._finish()
+        if self._store.stage():
             self._pending = self._thread().submit(self._store.average, self.count, decays, self.seed)
+        else:
+            self._store.average(self.count, decays, self.seed)
         if self._layout.buffers == "copy":
             self._store.copy("copied")
         self.count += 1
@@ -267,14 +268,14 @@ class WeightAverager:
             store.walk.raw[name].copy_(weight)
         self._saved = None
 
-    def sample(self, seed: int = 0, *, scale: float = 0.5) -> None:
+    def sample(self, seed: int = 0, *, scale: float | None = None) -> None:
         """Weights drawn from SWAG's Gaussian, into the model: the same seed gives the same weights.
 
         Inside `swapped` any number of times. Outside, the training weights are saved, and `swap` brings them back.
         Statistics of BatchNorm layers belong to the weights: follow it with `update_bn`.
 
         Args:
-            scale: factor of the covariance; 0.5 is the paper's, which takes 1 for the diagonal alone.
+            scale: factor of the covariance. Default: the paper's, 0.5, and 1 if ``rank`` is 0.
 
         Raises:
             RuntimeError: another mode than "swag". ValueError: fewer than two updates (one if ``rank`` is 0).
@@ -350,8 +351,8 @@ class WeightAverager:
     def state_dict(self) -> dict[str, Tensor]:
         """All that a training needs to go on to the same bits: tensors only, for torch.save and for safetensors.
 
-        The settings and the counters are JSON in a tensor of bytes. The others are the averages themselves, not
-        copies, unless their layout is not contiguous.
+        The settings and the counters are JSON in a tensor of bytes. The others are the averages themselves, which later
+        updates change, or copies where their layout is not contiguous.
         """
         self._settle("state_dict()")
         tensors = {
@@ -397,7 +398,7 @@ class WeightAverager:
         checkpoints of Lightning's WeightAveraging. Buffers that it lacks are left as they are.
 
         Args:
-            count: of the updates in it, where it does not say; at least 1.
+            count: of the updates in it. Default: what it says, or else 1.
 
         Raises:
             ValueError: a parameter is missing or of another shape, a name is unknown; mode is "swag"; no count.
@@ -413,8 +414,8 @@ class WeightAverager:
             raise ValueError("this state does not say how many updates it holds: give count")
         for name, value in states.matched(values, walk, self._store.kinds).items():
             self._store.put(name, value, which)
-        self.count = 1 if count is None else max(count, 1)
-        self.calls = self.start + (self.count - 1) * self.every + 1
+        self.count = 1 if count is None else count
+        self.calls = self.start + (self.count - 1) * self.every + 1 if self.count else 0
 
     def averaged_model_state(self, which: int = 0) -> dict[str, Tensor]:
         """A state dict for ``torch.optim.swa_utils.AveragedModel`` of the bare model."""

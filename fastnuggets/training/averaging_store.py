@@ -161,7 +161,7 @@ class Store:
         sources = {name: self.walk.raw[name] for name in names}
         self.staging = None
         if any(self.held(name).device != weight.device for name, weight in sources.items()):
-            self.staging = Staging(list(sources.values()))
+            self.staging = Staging(list(sources.values()), [self.held(name).device for name in names])
             sources = dict(zip(names, self.staging.copies, strict=True))
         groups: dict[tuple[torch.device, str], list[str]] = {}
         for name in names:
@@ -229,12 +229,26 @@ class Store:
 
     # ---- passes over it --------------------------------------------------------------------------------------------
 
+    def stage(self) -> bool:
+        """Takes the weights for `average` to the averages' device; whether a thread should do the rest."""
+        if self.staging is None:
+            return False
+        self.staging.take()
+        return self.staging.on_host
+
     def average(self, count: int, decays: Sequence[float], seed: int) -> None:
         """Update number ``count``, from 0; a plain mean if there are no decays."""
         if self.staging is not None:
             self.staging.wait()
         if count == 0:
             self._clear()
+        try:
+            self._update(count, decays, seed)
+        except (ValueError, TypeError):
+            self.bind()  # says which parameter no longer fits
+            raise
+
+    def _update(self, count: int, decays: Sequence[float], seed: int) -> None:
         for plan in self._plans:
             if decays:
                 plan.ema_(decays, seed=seed, step=count)
@@ -264,7 +278,7 @@ class Store:
         for group in self.by_device(names):
             ops.swap_([self.walk.raw[n].detach() for n in group], [self.held(n, which) for n in group])
 
-    def sample(self, count: int, seed: int, scale: float) -> None:
+    def sample(self, count: int, seed: int, scale: float | None) -> None:
         """Writes weights drawn from SWAG's Gaussian into the model."""
         for m in self._moments:
             for group in self.by_device(m.names):

@@ -214,16 +214,24 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Staging:
-    """Copies of weights in the memory of the host, pinned, made without waiting for the device.
+    """Copies of weights on the devices of their averages, on the host in pinned memory, made without waiting.
 
     They are queued on the current stream, so no later step changes a weight before it is read.
+
+    Attributes:
+        copies: those of the weights, in their order.
+        on_host: whether the averages are on the host, where they have to `wait`.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
         self._weights = list(weights)
-        pin = torch.cuda.is_available()
-        self.copies = [torch.empty_like(w, device="cpu", pin_memory=pin, requires_grad=False) for w in weights]
-        self._done = {w.device: torch.cuda.Event() for w in weights if w.is_cuda}
+        self.on_host = all(device.type == "cpu" for device in devices)
+        pin = self.on_host and torch.cuda.is_available()
+        self.copies = [
+            torch.empty_like(weight, device=device, pin_memory=pin, requires_grad=False)
+            for weight, device in zip(weights, devices, strict=True)
+        ]
+        self._done = {w.device: torch.cuda.Event() for w in weights if w.is_cuda} if self.on_host else {}
 
     @torch.no_grad()
     def take(self) -> None:
