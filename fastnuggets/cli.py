@@ -562,7 +562,8 @@ def _average(args: argparse.Namespace) -> int:
     if soup.nonfinite:
         _say(f"tensors with NaN or inf: {', '.join(soup.nonfinite)}")
     shards = f" in {len(soup.files) - 1} shards" if len(soup.files) > 1 else ""
-    print(f"{soup.files[-1]}: {soup.tensors} tensors{shards}, the average of {len(args.inputs)} checkpoints")
+    count = f"{len(args.inputs)} checkpoint{'s' if len(args.inputs) > 1 else ''}"
+    print(f"{soup.files[-1]}: {soup.tensors} tensors{shards}, the average of {count}")
     return OK
 
 

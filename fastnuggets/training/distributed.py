@@ -243,10 +243,10 @@ def _views(tensors: Mapping[str, Tensor]) -> list[Tensor]:
         real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
         if real.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {real.dtype}")
-        order = sorted(range(real.dim()), key=lambda axis: -real.stride(axis))
-        dense = real.permute(order)
+        strides = real.stride()
+        dense = real.permute(sorted(range(real.dim()), key=strides.__getitem__, reverse=True))
         if not dense.is_contiguous():
-            raise ValueError(f"{name} must be dense, got {list(real.shape)} with strides {list(real.stride())}")
+            raise ValueError(f"{name} must be dense, got {list(real.shape)} with strides {list(strides)}")
         views.append(dense.view(-1))
     return views
 

@@ -86,7 +86,8 @@ def average_checkpoints(
 
     Sums are float32 (float64 for float64 tensors) in the order of the checkpoints, and rounded once. Integer and
     boolean tensors are those of the last checkpoint. Memory is bounded by ``chunk_bytes``, and by 128 MiB in all for
-    .pt files, however large the models and their tensors are; a .pt file from before torch 1.6 is loaded whole.
+    .pt files, however large the models and their tensors are. But a .pt file from before torch 1.6 is loaded whole, and
+    Linux lets torch map one that is larger than the machine's memory only if vm.overcommit_memory is 1.
 
     Args:
         checkpoints: K of: a .safetensors file; a .pt, .pth or .bin file with a dictionary of tensors, at the top or
@@ -106,7 +107,7 @@ def average_checkpoints(
     Raises:
         ValueError: the checkpoints have other names, shapes or dtypes (with a table); a file is none; a tensor holds a
             NaN or an inf; a dtype that cannot be averaged. FileExistsError. ImportError: without safetensors.
-        RuntimeError: a file was changed while it was read.
+        RuntimeError: a file was changed while it was read. MemoryError: torch cannot map a .pt file.
 
     Files are written beside their final name, synced and renamed: after an interruption there is no half-written file
     under that name. The same checkpoints and arguments give the same bytes, for any number of threads and chunks.
@@ -466,6 +467,10 @@ def _load(path: Path) -> tuple[dict[str, Tensor], int, bool]:
         raise
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         reason = str(error).strip().partition("\n")[0]
+        if "unable to mmap" in reason:
+            raise MemoryError(
+                f"{path}: torch cannot map it; a safetensors file has no such limit ({reason})"
+            ) from error
         raise ValueError(f"{path}: not a checkpoint that can be read ({type(error).__name__}: {reason})") from error
     nested = [content[key] for key in _NESTED if key in content] if isinstance(content, Mapping) else []
     for part in (*nested, content):
@@ -641,6 +646,7 @@ def _rank(score: float) -> float:
 
 def _write(path: Path, items: Sequence[_Item], metadata: dict[str, str], work: _Work, bar: Any) -> None:
     buffer = torch.empty(work.room, dtype=torch.uint8)
+    bytes_of: Any = buffer.numpy()
     with open(path, "wb") as file:
         file.write(_header(items, metadata))
         for pieces in _pieces(items, work.room):
@@ -650,7 +656,7 @@ def _write(path: Path, items: Sequence[_Item], metadata: dict[str, str], work: _
                 outs.append(buffer[size:end].view(item.dtype))
                 size = end
             work.fill(pieces, outs)
-            file.write(memoryview(buffer[:size].numpy()))
+            file.write(memoryview(bytes_of[:size]))
             if bar is not None:
                 bar.update(size)
         file.flush()
