@@ -35,3 +35,14 @@ def voxelize_(
     cutoff: float,
     filled: Tensor | None,
 ) -> None: ...
+
+class AveragePlan:
+    def __init__(
+        self,
+        averages: list[Tensor],
+        remainders: list[Tensor],
+        weights: list[Tensor],
+        rounding: int,
+        streams: list[int],
+    ) -> None: ...
+    def update(self, rates: Tensor | list[float], seed: int, step: int) -> None: ...

@@ -6,12 +6,13 @@ A family registers one `OpCase` for each of its ops, backward ops included. An o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastnuggets import reference
 from fastnuggets.ops.voxelize import COMBINES, DENSITIES
@@ -80,8 +81,8 @@ class OpCase:
             given = list(args)
             written = [i for i in mutated if given[i] is not None]
             for i in written:
-                given[i] = given[i].clone()
-            return _as_tuple(overload(*given)) + tuple(given[i] for i in written)
+                (given[i],) = map_tensors(torch.clone, (given[i],))
+            return _as_tuple(overload(*given)) + tuple(tensors_in([given[i] for i in written]))
 
         return function
 
@@ -142,7 +143,14 @@ def registered_ops(namespace: str = NAMESPACE) -> set[str]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(function(a) if isinstance(a, Tensor) else a for a in args)
+    """`args` with the function's value for each tensor, also for those in lists."""
+    mapped: tuple[Any, ...] = tree_map_only(Tensor, function, args)
+    return mapped
+
+
+def tensors_in(args: Sequence[Any]) -> list[Tensor]:
+    """The tensors among `args`, also those in lists."""
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
 def as_double(tensor: Tensor) -> Tensor:
@@ -559,3 +567,228 @@ register(
 )
 register(OpCase("fastnuggets::filter_grids", _filter_samples, _reference_filter))
 register(OpCase("fastnuggets::fit_atoms", _fit_samples, reference.fit_atoms, synchronises=True))
+
+
+# --- average ----------------------------------------------------------------------------------------------------------
+
+# Sizes of the tensors of a model; the second of each is laid out channels_last.
+_MODELS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "typical": ((3, 5), (2, 3, 4, 2), (7,), ()),
+    "larger": ((4, 6), (3, 4, 5, 3), (9,), ()),
+    "one": ((1,),),
+    "empty": ((0, 4), (2, 0, 3, 3)),
+    "parallel": ((300, 201), (64, 32, 3, 3), (5000,), (1,), (129,)),
+}
+
+
+def _model(
+    name: str, seed: int, device: torch.device, dtype: torch.dtype, *, mixed: bool = False, positive: bool = False
+) -> list[Tensor]:
+    """One tensor for each of the sizes; `mixed` weights come in three types."""
+    uniform = _random(seed, device, dtype)
+    types = (dtype, torch.bfloat16, torch.float16) if mixed else (dtype,)
+    made = []
+    for i, size in enumerate(_MODELS[name]):
+        tensor = uniform(0.0 if positive else -1.0, 1.0, *size).to(types[i % len(types)])
+        made.append(tensor.contiguous(memory_format=torch.channels_last) if i == 1 else tensor)
+    return made
+
+
+def _rings(name: str, seed: int, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Deviations [rows, *size], each row laid out like the tensor."""
+    uniform = _random(seed, device, dtype)
+    rings = []
+    for like in _model(name, seed, device, dtype):
+        ring = torch.empty_strided((rows, *like.shape), (like.numel(), *like.stride()), dtype=dtype, device=device)
+        rings.append(ring.copy_(uniform(-1, 1, *ring.shape)))
+    return rings
+
+
+def _numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _average_samples(make: Callable[[Callable[..., Any]], tuple[Any, ...]]) -> Callable[..., Samples]:
+    """Samples of arguments that `make` puts together of `model(seed, ...)` and `model.rings(seed, rows)`."""
+
+    def samples(device: torch.device, dtype: torch.dtype) -> Samples:
+        def of(name: str) -> tuple[Any, ...]:
+            def model(seed: int, rows: int = 0, **how: bool) -> list[Tensor]:
+                if rows:
+                    return _rings(name, seed, rows, device, dtype)
+                return _model(name, seed, device, dtype, **how)
+
+            return make(model)
+
+        return {name: of(name) for name in _MODELS}
+
+    return samples
+
+
+def _flat(parts: Iterable[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(tensor for part in parts for tensor in part)
+
+
+def _reference_update(averages: list[Tensor], _: Any, weights: list[Tensor], rates: Tensor, *__: Any) -> Any:
+    return tuple(reference.average_update(averages, weights, rates))
+
+
+def _reference_sample(
+    out: list[Tensor],
+    mean: list[Tensor],
+    m2: list[Tensor],
+    deviations: list[Tensor],
+    columns: Tensor,
+    diagonal: float,
+    seed: int,
+    step: int,
+    streams: list[int],
+) -> tuple[Tensor, ...]:
+    made = []
+    for i, (m, s, ring) in enumerate(zip(mean, m2, deviations, strict=True)):
+        noise = reference.normal(seed, (step, i), m.numel()).to(m)
+        # The elements of a tensor are numbered as they lie in memory.
+        noise = noise.as_strided(m.shape, m.stride())
+        low_rank = sum(c * row for c, row in zip(columns.to(m), ring, strict=True))
+        made.append(m + diagonal * s.sqrt() * noise + low_rank)
+    return tuple(made)
+
+
+def _reference_optimizer(step: Callable[..., tuple[Tensor, ...]], state: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The weights, `state` lists of an optimizer's state and the averages after `step`."""
+
+    def expected(weights: list[Tensor], grads: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        *lists, averages, rates = rest[: state + 2]
+        stepped = [step(*row, *rest[state + 2 :]) for row in zip(weights, grads, *lists, strict=True)]
+        columns = list(zip(*stepped, strict=True))
+        return _flat([*columns, reference.average_update(averages, list(columns[0]), rates)])
+
+    return expected
+
+
+def _reference_sgd(w: Tensor, g: Tensor, m: Tensor, lr: float, rate: float, *rest: Any) -> tuple[Tensor, ...]:
+    dampening, weight_decay, nesterov, maximize, first = rest
+    how = {"lr": lr, "momentum_rate": rate, "dampening": dampening, "weight_decay": weight_decay}
+    return reference.sgd_step(w, -g if maximize else g, m, nesterov=nesterov, first=first, **how)  # type: ignore[return-value]
+
+
+def _reference_adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, *rest: Any) -> tuple[Tensor, ...]:
+    beta1, beta2, eps, weight_decay, maximize, step = rest
+    how = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay, "step": step}
+    return reference.adamw_step(w, -g if maximize else g, m, v, **how)
+
+
+register(
+    OpCase(
+        "fastnuggets::average_update_",
+        _average_samples(
+            lambda model: ([*model(1), *model(2)], [], model(3, mixed=True), _numbers(0.1, 0.75), 0, 0, 0, [])
+        ),
+        _reference_update,
+        any_dtype=("rates",),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::swag_update_",
+        _average_samples(
+            lambda model: (model(1), model(2, positive=True), model(3, rows=3), model(4, mixed=True), 4, 1)
+        ),
+        lambda *args: _flat(reference.swag_update(*args)),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::swag_sample_",
+        _average_samples(
+            lambda model: (
+                model(1),
+                model(2),
+                model(3, positive=True),
+                model(4, rows=2),
+                _numbers(0.5, -0.7),
+                0.3,
+                11,
+                3,
+                [],
+            )
+        ),
+        _reference_sample,
+        any_dtype=("columns",),
+        # The noise is made in float32, in float64 averages too: up to 6.6e-7 off.
+        tolerance={torch.float32: 2e-6, torch.float64: 1e-6},
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::weighted_sum_",
+        _average_samples(
+            lambda model: (model(1), [*model(2, mixed=True), *model(3), *model(4)], _numbers(0.5, -0.25, 0.7))
+        ),
+        lambda out, sources, coefficients: tuple(reference.weighted_sum(sources, coefficients)),
+        any_dtype=("coefficients",),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::swap_tensors_",
+        _average_samples(lambda model: (model(1), model(2))),
+        lambda first, second: (*second, *first),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::first_nonfinite",
+        _average_samples(lambda model: ([*model(1, mixed=True), *(t / 0 for t in model(2)), *model(3)],)),
+        lambda weights: torch.tensor(
+            next((i for i, w in enumerate(weights) if not w.isfinite().all()), len(weights)), device=weights[0].device
+        ),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::sgd_ema_step_",
+        _average_samples(
+            lambda model: (
+                model(1),
+                model(2),
+                model(3),
+                [*model(4), *model(5)],
+                _numbers(0.1, 0.6),
+                0.1,
+                0.9,
+                0.2,
+                0.01,
+                True,
+                False,
+                False,
+            )
+        ),
+        _reference_optimizer(_reference_sgd, 1),
+        any_dtype=("rates",),
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::adamw_ema_step_",
+        _average_samples(
+            lambda model: (
+                model(1),
+                model(2),
+                model(3),
+                model(4, positive=True),
+                model(5),
+                _numbers(0.3),
+                0.1,
+                0.9,
+                0.99,
+                1e-3,
+                0.05,
+                True,
+                3,
+            )
+        ),
+        _reference_optimizer(_reference_adamw, 2),
+        any_dtype=("rates",),
+    )
+)

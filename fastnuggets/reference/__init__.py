@@ -1,6 +1,32 @@
 """Every op in plain differentiable PyTorch: slow, short, and what the kernels are tested against."""
 
+from fastnuggets.reference.average import (
+    adamw_step,
+    average_update,
+    join,
+    sgd_step,
+    split,
+    stochastic_bfloat16,
+    swag_update,
+    weighted_sum,
+)
 from fastnuggets.reference.inverse import fit_atoms
+from fastnuggets.reference.philox import normal, philox, uniform
 from fastnuggets.reference.voxelize import atom_relevance, voxelize
 
-__all__ = ["atom_relevance", "fit_atoms", "voxelize"]
+__all__ = [
+    "adamw_step",
+    "atom_relevance",
+    "average_update",
+    "fit_atoms",
+    "join",
+    "normal",
+    "philox",
+    "sgd_step",
+    "split",
+    "stochastic_bfloat16",
+    "swag_update",
+    "uniform",
+    "voxelize",
+    "weighted_sum",
+]
