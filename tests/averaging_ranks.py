@@ -1,4 +1,4 @@
-"""What each process of test_averaging.test_shards does: models whose weights are cut into uneven shards."""
+"""What each process of test_averaging.test_shards does: models cut into uneven shards, or copied by DDP."""
 
 import multiprocessing
 import tempfile
@@ -42,6 +42,7 @@ def check(rank, world, path):
         check_nonfinite(make, rank)
     check_eval_frees_gathered_weights()
     check_stochastic_shards_draw_their_own(rank)
+    check_ddp(rank)
     torch.distributed.destroy_process_group()
 
 
@@ -171,3 +172,19 @@ def check_stochastic_shards_draw_their_own(rank):
     torch.distributed.broadcast(first, 0)
     same = (own == first).tolist()
     assert same == [True] * 3 if rank == 0 else same == [False, True, False]
+
+
+def check_ddp(rank):
+    """Names have no prefix, and all ranks average the same."""
+    bare = net()
+    model = nn.parallel.DistributedDataParallel(bare)
+    ours, optimizer = averager(model, "ema"), torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 7, generator=torch.Generator().manual_seed(10 * step + rank))).sum().backward()
+        optimizer.step()
+        ours.update()
+    assert ours.averages.keys() == dict(bare.named_parameters()).keys()
+    found = ours.averages["0.weight"].clone()
+    torch.distributed.broadcast(found, 0)
+    assert torch.equal(found, ours.averages["0.weight"])

@@ -574,20 +574,6 @@ def test_a_compiled_model_runs_with_the_averages():
     assert not torch.equal(compiled(x), wanted)
 
 
-def test_ddp_of_one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        bare = Net()
-        model = nn.parallel.DistributedDataParallel(bare)
-        average = WeightAverager(model, "ema", 0.9)
-        model(torch.randn(2, 3, 5, 5)).sum().backward()
-        average.update()
-        assert average.averages.keys() == WeightAverager(bare).averages.keys()
-        assert torch.equal(average.averages["zoom"], bare.zoom)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # ---- the averages in the model ---------------------------------------------------------------------------------------
 
 
@@ -669,7 +655,7 @@ def test_samples_have_the_posteriors_mean_and_covariance(rank):
     model, average, took = collect(rank, 20)
     draws = []
     with average.swapped():
-        for seed in range(1500):
+        for seed in range(600):
             average.sample(seed)
             draws.append(model.w.detach().clone())
     draws = torch.stack(draws).double()
@@ -679,8 +665,8 @@ def test_samples_have_the_posteriors_mean_and_covariance(rank):
     diagonal = torch.diag(((took - mean) ** 2).mean(0))
     wanted = diagonal if rank == 0 else 0.5 * (diagonal + ring.mT @ ring / (20 - 1))
     spread = float(wanted.max())
-    assert (draws.mean(0) - mean).abs().max() < 4 * (spread / 1500) ** 0.5  # standard errors
-    torch.testing.assert_close(torch.cov(draws.mT), wanted, rtol=0, atol=4 * (2 / 1500) ** 0.5 * spread)
+    assert (draws.mean(0) - mean).abs().max() < 4 * (spread / 600) ** 0.5  # standard errors
+    torch.testing.assert_close(torch.cov(draws.mT), wanted, rtol=0, atol=4 * (2 / 600) ** 0.5 * spread)
 
 
 def test_samples_repeat_and_differ():
@@ -956,5 +942,5 @@ def test_staged_updates(monkeypatch):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards(world):
-    """FSDP2 and DTensors on several processes: the checks are in averaging_ranks.py."""
+    """FSDP2, DTensors and DDP on several processes: the checks are in averaging_ranks.py."""
     run_ranks(world)

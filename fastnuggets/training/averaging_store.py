@@ -171,8 +171,9 @@ class Store:
         for (_, treatment), group in groups.items():
             weights = [sources[name] for name in group]
             if treatment == "moments":
-                lists = [[self.columns[c][n] for n in group if c in self.columns] for c in ("averages.0", "m2", "ring")]
-                self._moments.append(_Moments(group, *lists, weights, self._streams(group)))
+                mean, m2 = ([self.columns[column][name] for name in group] for column in ("averages.0", "m2"))
+                ring = [self.columns["ring"][name] for name in group] if self.layout.rank else []
+                self._moments.append(_Moments(group, mean, m2, ring, weights, self._streams(group)))
             else:
                 self._plans.append(self._plan(group, weights, treatment))
         self._probes = [(self.walk.raw[group[0]], self.walk.raw[group[0]].device) for group in groups.values()]
