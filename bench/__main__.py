@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from bench import report
-from bench.cases import Contender, Group, Missing, groups
+from bench import average, cases, report
+from bench.cases import Contender, Group, Missing
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="8 molecules, 5 repeats: a check that all runs, no figures"
-    )
-    parser.add_argument("--only", metavar="NAME", help="groups whose name contains NAME")
+    parser.add_argument("--quick", action="store_true", help="small sets, 5 repeats: a check that all runs, no figures")
+    parser.add_argument("--only", metavar="NAME", help="groups whose family and name contain NAME")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=None, help="timed calls of each contender, default 25")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads to measure with")
@@ -32,9 +30,12 @@ def main() -> int:
     threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 
-    result = report.start(options.device, threads, repeats, options.quick, complete=options.only is None)
-    for group in groups(options.device, options.quick):
-        if options.only is None or options.only in group.name:
+    every = cases.groups(options.device, options.quick) + average.groups(options.device, options.quick)
+    chosen = [g for g in every if options.only is None or options.only in f"{g.family} {g.name}"]
+    complete = sorted({g.family for g in every} - {g.family for g in every if g not in chosen})
+    result = report.start(options.device, threads, repeats, options.quick, complete)
+    for group in every:
+        if group in chosen:
             print(f"{group.title} ...", file=sys.stderr, flush=True)
             result["groups"].append(measure(group, options.device, threads, repeats, options.quick))
     text = report.markdown(result)
@@ -75,7 +76,7 @@ def measure(group: Group, device: str, threads: list[int], repeats: int, quick: 
         for (_, row), measured in zip(contenders, times, strict=True):
             row["ms"][str(count)] = statistics.median(measured)
     gates = [] if quick else report.gates(group.gates, rows, threads)
-    return {"name": group.name, "title": group.title, "rows": rows, "gates": gates}
+    return {"name": group.name, "family": group.family, "title": group.title, "rows": rows, "gates": gates}
 
 
 def _cpu_ms(run: Callable[[], Any]) -> float:

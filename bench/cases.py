@@ -74,6 +74,7 @@ class Group:
     title: str
     make: Callable[[], Iterator[Contender | Missing]]
     gates: list[Gate] = field(default_factory=list)
+    family: str = "voxelize"
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 METHOD = (
     "All contenders of a table take turns in one process and write to an output that exists already. The error is the "
-    f"largest over the first {CHECKED} molecules against float64, relative to the largest value; where it is too "
-    "large, of ours or of the peer, no ratio is given. Extra memory is what the first call adds to what was there."
+    f"largest against float64, relative to the largest value (of grids over the first {CHECKED} molecules); where it is "
+    "too large, of ours or of the peer, no ratio is given. Extra memory is what the first call adds to what was there."
 )
 
 
-def start(device: str, threads: list[int], repeats: int, quick: bool, complete: bool) -> dict[str, Any]:
+def start(device: str, threads: list[int], repeats: int, quick: bool, complete: list[str]) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "chip": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
@@ -164,14 +164,15 @@ def write(result: dict[str, Any], text: str, folder: str) -> list[Path]:
 def fill(path: str, result: dict[str, Any]) -> None:
     """Replaces what stands between `<!-- bench NAME: begin -->` and `<!-- bench NAME: end -->`.
 
-    NAME is a group that was run, or "gates" for the gates of all groups if all were.
+    NAME is a group that was run, or "gates FAMILY" for the gates of all groups of a family if all were.
 
     Raises:
         ValueError: the file has no such marker.
     """
     sections = {group["name"]: table(group, result) for group in result["groups"]}
-    if result["complete"]:
-        sections["gates"] = gate_table([gate for group in result["groups"] for gate in group["gates"]])
+    for family in result["complete"]:
+        groups = [group for group in result["groups"] if group["family"] == family]
+        sections[f"gates {family}"] = gate_table([gate for group in groups for gate in group["gates"]])
     text = Path(path).read_text()
     for name, lines in sections.items():
         begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"

@@ -29,11 +29,27 @@ py::dict build_info() {
   return info;
 }
 
+// Whether the dicts hold these objects in this order: how a plan notices that a model's tensors were replaced, each
+// time.
+bool same_values(const py::list& dicts, const py::list& values) {
+  const Py_ssize_t count = PyList_GET_SIZE(values.ptr());
+  Py_ssize_t seen = 0;
+  for (Py_ssize_t d = 0; d < PyList_GET_SIZE(dicts.ptr()); ++d) {
+    PyObject *const dict = PyList_GET_ITEM(dicts.ptr(), d), *key = nullptr, *value = nullptr;
+    if (!PyDict_Check(dict)) throw py::type_error("dicts must be dicts");
+    if (PyDict_Size(dict) == 0) continue;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);)
+      if (seen == count || PyList_GET_ITEM(values.ptr(), seen++) != value) return false;
+  }
+  return seen == count;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("build_info", &build_info);
+  m.def("same_values", &same_values, py::arg("dicts"), py::arg("values"));
   m.def("voxelize", &fastnuggets::voxelize, without_gil);
   m.def("voxelize_", &fastnuggets::voxelize_, without_gil);
   using fastnuggets::average::Plan;

@@ -1,6 +1,9 @@
+from typing import Any
+
 from torch import Tensor, dtype
 
 def build_info() -> dict[str, object]: ...
+def same_values(dicts: list[dict[str, Any]], values: list[Any]) -> bool: ...
 def voxelize(
     coords: Tensor,
     ptr: Tensor,

@@ -54,8 +54,8 @@ def test_a_wrong_result_has_no_speed():
 def test_tables_go_between_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench forward: begin -->\nold\n<!-- bench forward: end -->\nafter\n")
-    result = report.start("cpu", [1], 3, quick=False, complete=False)
-    result["groups"] = [{"name": "forward", "title": "Forward", "rows": ROWS[:2], "gates": []}]
+    result = report.start("cpu", [1], 3, quick=False, complete=[])
+    result["groups"] = [{"name": "forward", "family": "voxelize", "title": "Forward", "rows": ROWS[:2], "gates": []}]
     report.fill(str(readme), result)
     once = readme.read_text()
     assert once.startswith("before\n<!-- bench forward: begin -->\n")

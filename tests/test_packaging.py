@@ -83,9 +83,12 @@ def test_missing_build_says_how_to_make_it(tmp_path):
 
 def test_stub_lists_what_the_compiled_module_has():
     stub = ast.parse((ROOT / "fastnuggets" / "_C.pyi").read_text())
-    assert {node.name for node in stub.body if isinstance(node, ast.FunctionDef)} == {
-        name for name in vars(fastnuggets._C) if not name.startswith("_")
-    }
+    names = {node.name: node for node in stub.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert set(names) == {name for name in vars(fastnuggets._C) if not name.startswith("_")}
+    for name, node in names.items():
+        if isinstance(node, ast.ClassDef):
+            methods = {method.name for method in node.body} - {"__init__"}
+            assert methods == {m for m in vars(getattr(fastnuggets._C, name)) if not m.startswith("_")}
 
 
 def test_metadata_and_sdist_need_no_torch(source):

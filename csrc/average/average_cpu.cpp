@@ -94,9 +94,9 @@ FN_BODY void lerp(S* a, const R* w, Index n, Lerp<R> step) {
 FN_BODY void lerp_split(BFloat16* a, std::int16_t* rest, const float* w, Index n, Lerp<float> step) {
 #pragma omp simd
   for (Index i = 0; i < n; ++i) {
-    const Split next = split(step(join(a[i], rest[i]), w[i]));
-    a[i] = next.high;
-    rest[i] = next.low;
+    const std::uint32_t next = one_nan(step(join(a[i], rest[i]), w[i]));
+    a[i] = split_high(next);
+    rest[i] = split_low(next);
   }
 }
 
@@ -106,16 +106,21 @@ constexpr Index kNoiseGroup = 2 * kPhiloxBlock;  // 16-bit numbers of a block of
 template <Simd level>
 FN_BODY void lerp_stochastic(BFloat16* a, const float* w, Index at, Index n, Lerp<float> step, PhiloxStream stream) {
   for (Index start = 0; start < n; start += kNoiseGroup) {
-    std::uint32_t words[kPhiloxBlock], noise[kNoiseGroup];
+    std::uint32_t words[kPhiloxBlock];
     philox_block<level>(stream, std::uint64_t(at + start) / kNoiseGroup, words);
-    for (int half = 0; half < 2 * kPhiloxWords; ++half)
-      for (int lane = 0; lane < kPhiloxLanes; ++lane)
-        noise[half * kPhiloxLanes + lane] = (words[half / 2 * kPhiloxLanes + lane] >> (16 * (half % 2))) & 0xFFFFu;
-    const Index count = std::min(n - start, kNoiseGroup);
+    for (int half = 0; half < 2 * kPhiloxWords; ++half) {
+      const Index first = start + half * kPhiloxLanes;
+      const std::uint32_t* const word = words + half / 2 * kPhiloxLanes;
+      const int shift = 16 * (half % 2);
+      const Index count = std::clamp<Index>(n - first, 0, kPhiloxLanes);
+      if (count == kPhiloxLanes) {
 #pragma omp simd
-    for (Index i = 0; i < count; ++i) {
-      BFloat16& average = a[start + i];
-      average = round_stochastic(step(load(average), w[start + i]), noise[i]);
+        for (Index i = 0; i < kPhiloxLanes; ++i)
+          a[first + i] = round_stochastic(step(load(a[first + i]), w[first + i]), (word[i] >> shift) & 0xFFFFu);
+      } else {
+        for (Index i = 0; i < count; ++i)
+          a[first + i] = round_stochastic(step(load(a[first + i]), w[first + i]), (word[i] >> shift) & 0xFFFFu);
+      }
     }
   }
 }
@@ -215,27 +220,34 @@ FN_BODY void body(const Rows& rows, const Swag& how, Run run) {
 
 template <Simd level, class R>
 FN_BODY void sample_as(const Rows& rows, const Sample& how, Run run) {
-  R drawn[kBlock];
+  // Rows of the ring are far apart: a longer piece of each lets the hardware see it coming.
+  constexpr Index kPiece = 4 * kBlock;
+  R drawn[kPiece];
   float noise[kBlock];
   const R* mean = cell(rows, run.row, 1).at<R>(0);
   const R* m2 = cell(rows, run.row, 2).at<R>(0);
   const R* ring = how.columns.count > 0 ? cell(rows, run.row, 3).at<R>(0) : nullptr;
   const PhiloxStream stream{how.seed, how.step, rows.stream[run.row]};
-  for (Index at = run.start; at < run.stop; at += kBlock) {
-    const Index n = std::min(kBlock, run.stop - at);
-    for (Index i = 0; i < n; i += kPhiloxBlock)
-      normal_block<level>(stream, std::uint64_t(at + i) / kPhiloxBlock, noise + i);
-    const R diagonal = R(how.diagonal);
+  const R diagonal = R(how.diagonal);
+  for (Index start = run.start; start < run.stop; start += kPiece) {
+    const Index count = std::min(kPiece, run.stop - start);
+    for (Index first = 0; first < count; first += kBlock) {
+      const Index at = start + first, n = std::min(kBlock, count - first);
+      for (Index i = 0; i < n; i += kPhiloxBlock)
+        normal_block<level>(stream, std::uint64_t(at + i) / kPhiloxBlock, noise + i);
 #pragma omp simd
-    for (Index i = 0; i < n; ++i)
-      drawn[i] = multiply_add(diagonal * R(std::sqrt(std::max(m2[at + i], R(0)))), R(noise[i]), mean[at + i]);
+      for (Index i = 0; i < n; ++i) {
+        const R square = m2[at + i] > R(0) ? m2[at + i] : R(0);
+        drawn[first + i] = multiply_add(diagonal * std::sqrt(square), R(noise[i]), mean[at + i]);
+      }
+    }
     for (int k = 0; k < how.columns.count; ++k) {
-      const R* row = ring + k * rows.numel[run.row] + at;
+      const R* row = ring + k * rows.numel[run.row] + start;
       const R column = R(how.columns.value[k]);
 #pragma omp simd
-      for (Index i = 0; i < n; ++i) drawn[i] = multiply_add(column, row[i], drawn[i]);
+      for (Index i = 0; i < count; ++i) drawn[i] = multiply_add(column, row[i], drawn[i]);
     }
-    stored(drawn, n, cell(rows, run.row, 0), at);
+    stored(drawn, count, cell(rows, run.row, 0), start);
   }
 }
 
@@ -246,17 +258,74 @@ FN_BODY void body(const Rows& rows, const Sample& how, Run run) {
 
 // ---- sums of several sets of weights
 
+// Eight numbers as a vector: GCC and clang make of it what the instruction set has.
+typedef float Floats __attribute__((vector_size(32)));
+typedef std::uint32_t Words __attribute__((vector_size(32)));
+typedef std::uint16_t Shorts __attribute__((vector_size(16)));
+constexpr int kLanes = 8;
+
+FN_BODY void load_lanes(const float* x, Floats& lanes) { std::memcpy(&lanes, x, sizeof lanes); }
+FN_BODY void load_lanes(const BFloat16* x, Floats& lanes) {
+  Shorts bits;
+  std::memcpy(&bits, x, sizeof bits);
+  const Words wide = __builtin_convertvector(bits, Words) << 16;
+  std::memcpy(&lanes, &wide, sizeof lanes);
+}
+
+// Sums stay in registers over all sources, four vectors of them.
+template <class S>
+FN_BODY void sum_sources(const Rows& rows, const Scalars& c, Index row, Index at, Index n, float* sum) {
+  const void* const* sources = rows.data + row * rows.C + 1;
+  constexpr int kVectors = 4, kStep = kVectors * kLanes;
+  Index i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    Floats total[kVectors] = {};
+    for (int k = 0; k < c.count; ++k) {
+      const S* x = static_cast<const S*>(sources[k]) + at + i;
+      const Floats factor = Floats{} + float(c.value[k]);
+      for (int v = 0; v < kVectors; ++v) {
+        Floats lanes;
+        load_lanes(x + v * kLanes, lanes);
+        total[v] += factor * lanes;
+      }
+    }
+    std::memcpy(sum + i, total, sizeof total);
+  }
+  for (; i < n; ++i) {
+    sum[i] = 0;
+    for (int k = 0; k < c.count; ++k)
+      sum[i] = multiply_add(float(c.value[k]), load(static_cast<const S*>(sources[k])[at + i]), sum[i]);
+  }
+}
+
+template <class R>
+FN_BODY void sum_mixed(const Rows& rows, const Scalars& c, Index row, Index at, Index n, R* sum) {
+  R buffer[kBlock];
+  std::fill_n(sum, n, R(0));
+  for (int k = 0; k < c.count; ++k) {
+    const R* x = loaded(cell(rows, row, 1 + k), at, n, buffer);
+    const R factor = R(c.value[k]);
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) sum[i] = multiply_add(factor, x[i], sum[i]);
+  }
+}
+
 template <class R>
 FN_BODY void weighted_sum_as(const Rows& rows, const WeightedSum& how, Run run) {
-  R sum[kBlock], buffer[kBlock];
+  R sum[kBlock];
+  const Dtype* dtypes = rows.dtype + run.row * rows.C + 1;
+  const bool alike = std::all_of(dtypes, dtypes + how.coefficients.count, [&](Dtype d) { return d == dtypes[0]; });
   for (Index at = run.start; at < run.stop; at += kBlock) {
     const Index n = std::min(kBlock, run.stop - at);
-    std::fill_n(sum, n, R(0));
-    for (int k = 0; k < how.coefficients.count; ++k) {
-      const R* x = loaded(cell(rows, run.row, 1 + k), at, n, buffer);
-      const R c = R(how.coefficients.value[k]);
-#pragma omp simd
-      for (Index i = 0; i < n; ++i) sum[i] = multiply_add(c, x[i], sum[i]);
+    if constexpr (std::is_same_v<R, float>) {
+      if (alike && dtypes[0] == Dtype::bfloat16)
+        sum_sources<BFloat16>(rows, how.coefficients, run.row, at, n, sum);
+      else if (alike && dtypes[0] == Dtype::float32)
+        sum_sources<float>(rows, how.coefficients, run.row, at, n, sum);
+      else
+        sum_mixed(rows, how.coefficients, run.row, at, n, sum);
+    } else {
+      sum_mixed(rows, how.coefficients, run.row, at, n, sum);
     }
     stored(sum, n, cell(rows, run.row, 0), at);
   }
@@ -401,6 +470,8 @@ FN_BODY void body(const Rows& rows, const Search& how, Run run) {
 
 // ---- one clone an instruction set: 256 bits do what memory allows
 
+constexpr Index kAhead = 4;
+
 // The runs that blocks [block, end) are made of.
 template <Simd level, class How>
 FN_BODY void runs(const Rows& rows, const How& how, Index block, Index end) {
@@ -408,6 +479,9 @@ FN_BODY void runs(const Rows& rows, const How& how, Index block, Index end) {
   for (; block < end; ++row) {
     const Index first = rows.first_block[row], stop = std::min(end, rows.first_block[row + 1]);
     if (block == stop) continue;
+    // Short rows lie anywhere in memory: no hardware sees the next one coming.
+    if (row + kAhead < rows.R)
+      for (int c = 0; c < rows.C; ++c) __builtin_prefetch(rows.data[(row + kAhead) * rows.C + c]);
     body<level>(rows, how, {row, (block - first) * kBlock, std::min((stop - first) * kBlock, rows.numel[row])});
     block = stop;
   }

@@ -269,9 +269,9 @@ __device__ void update_compensated(BFloat16* high, std::int16_t* low, const Plac
   read(high, place, a);
   read(low, place, rest);
   for_each<kQuads<float>>([&](int q, int i) {
-    const Split next = split(step(join(a[q][i], rest[q][i]), w[q][i]));
-    a[q][i] = next.high;
-    rest[q][i] = next.low;
+    const std::uint32_t next = one_nan(step(join(a[q][i], rest[q][i]), w[q][i]));
+    a[q][i] = split_high(next);
+    rest[q][i] = split_low(next);
   });
   write(high, place, a);
   write(low, place, rest);

@@ -84,16 +84,11 @@ FN_HD BFloat16 round_stochastic(float x, std::uint32_t noise) {
   return {magnitude_bits(x) >= kInfinity ? Store<BFloat16>::of(x).bits : std::uint16_t((bits + noise) >> 16)};
 }
 
-// A float as the nearest bfloat16 (ties away from zero, or the rest would not fit) and the rest in 16 bits.
-struct Split {
-  BFloat16 high;
-  std::int16_t low;
-};
-FN_HD Split split(float x) {
-  const std::uint32_t bits = magnitude_bits(x) > kInfinity ? 0x7FC00000u : bits_as<std::uint32_t>(x);
-  const std::uint32_t high = (bits + 0x8000u) >> 16;
-  return {{std::uint16_t(high)}, std::int16_t(bits - (high << 16))};
-}
+// A float as the nearest bfloat16 (ties away from zero, or the rest would not fit) and a rest of 16 bits, which are the
+// float's last.
+FN_HD std::uint32_t one_nan(float x) { return magnitude_bits(x) > kInfinity ? 0x7FC00000u : bits_as<std::uint32_t>(x); }
+FN_HD BFloat16 split_high(std::uint32_t bits) { return {std::uint16_t((bits + 0x8000u) >> 16)}; }
+FN_HD std::int16_t split_low(std::uint32_t bits) { return std::int16_t(std::uint16_t(bits)); }
 FN_HD float join(BFloat16 high, std::int16_t low) {
   return bits_as<float>((std::uint32_t(high.bits) << 16) + std::uint32_t(std::int32_t(low)));
 }

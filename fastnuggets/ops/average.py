@@ -1,8 +1,8 @@
 """Averages of a model's weights along training: one pass over all tensors at once, on the CPU and on CUDA.
 
 All of them write to their first arguments in place, take lists of tensors of mixed types and shapes, record no
-gradient, give the same bits for any number of threads, and do not synchronise. On CUDA they are one launch (one for
-every thousand tensors or so) on the current stream, and can be captured in a graph.
+gradient, give the same bits for any number of threads, and do not synchronise. On CUDA they are one launch (one
+for some 790 tensors, whose table is the launch's parameters) on the current stream, and can be captured in a graph.
 
 Every average must be dense (contiguous, channels_last, ...). A weight of other strides is copied first.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import mmap
-import operator
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastnuggets import _C
 from fastnuggets.training.weights import unwrap
 
 # What torch.compile and activation checkpointing put into the names of the modules they wrap.
@@ -87,15 +87,9 @@ class Walk:
 
     def current(self) -> bool:
         """Whether the model's modules hold the same objects as when it was looked at."""
-        if not same_values(self._dicts, self._values):
+        if not _C.same_values(self._dicts, self._values):
             return False
         return not self._derived or all(raw(tensor).data_ptr() == place for tensor, place in self._derived)
-
-
-def same_values(dicts: Sequence[dict[str, Any]], values: Sequence[Any]) -> bool:
-    """Whether the dicts hold these objects in this order."""
-    found = chain.from_iterable(map(dict.values, dicts))
-    return sum(map(len, dicts)) == len(values) and all(map(operator.is_, found, values))
 
 
 def _reshards(model: nn.Module) -> list[Callable[[], None]]:
