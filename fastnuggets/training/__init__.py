@@ -8,9 +8,12 @@ from fastnuggets.training.decay import EmaDecay
 from fastnuggets.training.distributed import DistributedAverager
 from fastnuggets.training.ensembles import FastGeometricEnsemble, SnapshotEnsemble, swag_predict
 from fastnuggets.training.fit import Checkpoint, Interrupted, fit, load_checkpoint, save_checkpoint
+from fastnuggets.training.optimizers import AveragedAdamW, AveragedSGD
 from fastnuggets.training.soup import GreedySoup, Soup, average_checkpoints, greedy_soup
 
 __all__ = [
+    "AveragedAdamW",
+    "AveragedSGD",
     "Checkpoint",
     "Curve",
     "CurveLoss",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastnuggets.ops.average import ROUNDINGS
 from fastnuggets.training import averaging_state as states
-from fastnuggets.training.averaging_store import FLOATS, Layout, Store
+from fastnuggets.training.averaging_store import FLOATS, Layout, Step, Store
 from fastnuggets.training.decay import EmaDecay
 from fastnuggets.training.tensors import Walk, to_raw, wrapped
 from fastnuggets.training.weights import unwrap
@@ -145,6 +146,7 @@ class WeightAverager:
         self._saved: _Saved | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._owner: weakref.ref[Any] | None = None
         self._warn()
 
     # ---- the update ------------------------------------------------------------------------------------------------
@@ -153,15 +155,36 @@ class WeightAverager:
         """Takes the model's weights into the averages; False if this call was not one that counts.
 
         Raises:
-            RuntimeError: inside `swapped`. ValueError: the model has other names or shapes than before.
+            RuntimeError: inside `swapped`, or an optimizer was given these averages to update them in its steps.
+            ValueError: the model has other names or shapes than before.
             FloatingPointError: by ``nonfinite="refuse"``, naming the parameter.
         """
-        if self._saved is not None:
-            raise RuntimeError("update() while the model holds averages: leave swapped() first")
+        self._check_at_home("update()")
+        if (owner := self.updated_by) is not None:
+            raise RuntimeError(
+                f"{type(owner).__name__}.step() updates these averages: leave update() out, or set the optimizer's "
+                "averager to None"
+            )
+        return self._update()
+
+    @property
+    def updated_by(self) -> Any:
+        """The optimizer whose steps update the averages, or None; see `fastnuggets.training.AveragedSGD`."""
+        owner = self._owner() if self._owner is not None else None
+        return owner if owner is not None and owner.averager is self else None
+
+    def _due(self) -> bool:
+        """Whether the next call of `update` counts."""
+        return self.calls >= self.start and (self.calls - self.start) % self.every == 0
+
+    def _update(self, step: Step | None = None) -> bool:
+        """`update`, also for an optimizer, which may give the step that updates averages on its way."""
+        due = self._due()
         self.calls += 1
-        if self.calls <= self.start or (self.calls - self.start - 1) % self.every:
+        if not due:
             return False
-        self._follow()
+        if step is None:
+            self._follow()
         if self.nonfinite != "propagate" and not self._finite():
             return False
         decays = [decay.at(self.count) for decay in self.decays]
@@ -169,7 +192,7 @@ class WeightAverager:
         if self._store.stage():
             self._pending = self._thread().submit(self._store.average, self.count, decays, self.seed)
         else:
-            self._store.average(self.count, decays, self.seed)
+            self._store.average(self.count, decays, self.seed, step)
         if self._layout.buffers == "copy":
             self._store.copy("copied")
         self.count += 1
@@ -201,10 +224,13 @@ class WeightAverager:
             self._finish()
             self._store.bind()
 
-    def _settle(self, what: str) -> None:
-        """Makes the averages ready to be looked at."""
+    def _check_at_home(self, what: str) -> None:
         if self._saved is not None:
             raise RuntimeError(f"{what} while the model holds averages: leave swapped() first")
+
+    def _settle(self, what: str) -> None:
+        """Makes the averages ready to be looked at."""
+        self._check_at_home(what)
         self._finish()
         self._follow()
         if self._stale:

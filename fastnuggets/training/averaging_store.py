@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,14 @@ class _Moments(NamedTuple):
     ring: list[Tensor]
     weights: list[Tensor]
     streams: list[int]
+
+
+class Step(Protocol):
+    """An optimizer's step that updates some of the averages on its way."""
+
+    rest: Sequence[ops.AveragePlan]  # the updates of all others
+
+    def run(self, decays: Sequence[float]) -> None: ...
 
 
 class Store:
@@ -163,9 +171,7 @@ class Store:
         if any(self.held(name).device != weight.device for name, weight in sources.items()):
             self.staging = Staging(list(sources.values()), [self.held(name).device for name in names])
             sources = dict(zip(names, self.staging.copies, strict=True))
-        groups: dict[tuple[torch.device, str], list[str]] = {}
-        for name in names:
-            groups.setdefault((self.held(name).device, self._treatment(name)), []).append(name)
+        groups = self._groups(names)
         self._plans: list[ops.AveragePlan] = []
         self._moments: list[_Moments] = []
         for (_, treatment), group in groups.items():
@@ -178,18 +184,43 @@ class Store:
                 self._plans.append(self._plan(group, weights, treatment))
         self._probes = [(self.walk.raw[group[0]], self.walk.raw[group[0]].device) for group in groups.values()]
 
+    def _groups(self, names: Sequence[str]) -> dict[tuple[torch.device, str], list[str]]:
+        groups: dict[tuple[torch.device, str], list[str]] = {}
+        for name in names:
+            groups.setdefault((self.held(name).device, self._treatment(name)), []).append(name)
+        return groups
+
     def _treatment(self, name: str) -> str:
         if name in self.columns.get("m2", {}):
             return "moments"
         return self.layout.rounding if self.held(name).dtype == torch.bfloat16 else "nearest"
 
     def _plan(self, names: list[str], weights: list[Tensor], rounding: str) -> ops.AveragePlan:
-        def columns(kind: str) -> list[list[Tensor]]:
-            return [[self.columns[f"{kind}.{k}"][name] for name in names] for k in range(self.layout.sets)]
+        remainders = self.sets("remainders", names) if rounding == "compensated" else ()
+        averages, streams = self.sets("averages", names), self._streams(names)
+        return ops.AveragePlan(averages, weights, rounding=rounding, remainders=remainders, streams=streams)
 
-        remainders = columns("remainders") if rounding == "compensated" else ()
-        streams = self._streams(names)
-        return ops.AveragePlan(columns("averages"), weights, rounding=rounding, remainders=remainders, streams=streams)
+    def sets(self, kind: str, names: Sequence[str]) -> list[list[Tensor]]:
+        """The tensors' averages, or what belongs to them: a list for each decay."""
+        return [[self.columns[f"{kind}.{k}"][name] for name in names] for k in range(self.layout.sets)]
+
+    # ---- in an optimizer's step ------------------------------------------------------------------------------------
+
+    def direct(self) -> dict[int, str]:
+        """By id, the tensors whose averages are plain ones like them in memory: a step can update them on its way."""
+        found = {}
+        for name in self.names("averaged") if self.staging is None else ():
+            weight, held = self.walk.tensors[name], self.held(name)
+            alike = (weight.dtype, weight.device, weight.stride()) == (held.dtype, held.device, held.stride())
+            plain = self.walk.raw[name] is weight and weight.dtype in FLOATS[:2]
+            if alike and plain and self._treatment(name) == "nearest":
+                found[id(weight)] = name
+        return found
+
+    def rest(self, updated: set[str]) -> list[ops.AveragePlan]:
+        """The update of all averages but these, where there are no moments and nothing is staged."""
+        groups = self._groups([name for name in self.names("averaged") if name not in updated])
+        return [self._plan(names, [self.walk.raw[n] for n in names], how) for (_, how), names in groups.items()]
 
     def _streams(self, names: Sequence[str]) -> list[int]:
         return [stream(name, self.walk.tensors[name]) for name in names]
@@ -237,25 +268,27 @@ class Store:
         self.staging.take()
         return self.staging.on_host
 
-    def average(self, count: int, decays: Sequence[float], seed: int) -> None:
+    def average(self, count: int, decays: Sequence[float], seed: int, step: Step | None = None) -> None:
         """Update number ``count``, from 0; a plain mean if there are no decays."""
         if self.staging is not None:
             self.staging.wait()
         if count == 0:
             self._clear()
         try:
-            self._update(count, decays, seed)
+            self._update(count, decays, seed, step)
         except (ValueError, TypeError):
             self.bind()  # says which parameter no longer fits
             raise
 
-    def _update(self, count: int, decays: Sequence[float], seed: int) -> None:
-        for plan in self._plans:
+    def _update(self, count: int, decays: Sequence[float], seed: int, step: Step | None) -> None:
+        if step is not None:
+            step.run(decays or [1 - 1 / (count + 1)])
+        for plan in self._plans if step is None else step.rest:
             if decays:
                 plan.ema_(decays, seed=seed, step=count)
             else:
                 plan.swa_(count, seed=seed, step=count)
-        for m in self._moments:
+        for m in self._moments if step is None else ():
             row = count % self.layout.rank if self.layout.rank else 0
             ops.swag_update_(m.mean, m.m2, m.weights, count, deviations=m.ring, row=row)
 

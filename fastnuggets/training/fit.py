@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastnuggets.training.averaging import WeightAverager
+
 
 class Checkpoint(NamedTuple):
     """The state of a training between two steps, of tensors and plain values only."""
@@ -25,6 +27,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Any]
     rng: Tensor  # torch's default CPU generator
     settings: dict[str, Any]
+    averager: dict[str, Tensor] | None = None  # state of the averages, if there are any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -64,6 +67,7 @@ def fit(
     every: float = 10.0,
     clip: float = 1.0,
     progress: bool = True,
+    averager: WeightAverager | None = None,
 ) -> Checkpoint:
     """Train to step `steps`, from the checkpoint if there is one.
 
@@ -76,20 +80,24 @@ def fit(
         settings: of str, int, float, bool and lists of them; a checkpoint of other settings is refused.
         clip: largest norm of all gradients together.
         progress: a bar on stderr, if that is a terminal.
+        averager: of the model; updated after each step, by `fit` or by the optimizer it was given to, and kept in the
+            checkpoint. Going on from a checkpoint without one, the averages begin there.
 
     Returns:
         the last checkpoint; the model holds its weights.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, once the step under way is done and the checkpoint written.
-        ValueError: the checkpoint is damaged or of other settings. RuntimeError: the loss is not finite.
+        ValueError: the checkpoint is damaged, of other settings, or has averages and no averager is given.
+        RuntimeError: the loss is not finite.
     """
     base = [group["lr"] for group in optimizer.param_groups]
-    step, seconds, losses = _resume(model, optimizer, checkpoint, settings)
+    step, seconds, losses = _resume(model, optimizer, averager, checkpoint, settings)
 
     def state() -> Checkpoint:
         weights, moments = model.state_dict(), optimizer.state_dict()
-        return Checkpoint(step, seconds, list(losses), weights, moments, torch.get_rng_state(), settings)
+        averages = None if averager is None else averager.state_dict()
+        return Checkpoint(step, seconds, list(losses), weights, moments, torch.get_rng_state(), settings, averages)
 
     model.train()
     saved = time.monotonic()
@@ -99,6 +107,8 @@ def fit(
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * schedule(step)
             value = _step(model, loss(step), optimizer, clip)
+            if averager is not None and averager.updated_by is not optimizer:
+                averager.update()
             losses.append(value)
             step += 1
             seconds += time.monotonic() - began
@@ -113,7 +123,11 @@ def fit(
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, settings: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averager: WeightAverager | None,
+    path: Path,
+    settings: dict[str, Any],
 ) -> tuple[int, float, list[float]]:
     found = load_checkpoint(path)
     if found is None:
@@ -123,8 +137,12 @@ def _resume(
     )
     if changed:
         raise ValueError(f"{path}: a training with another {', '.join(changed)}")
+    if averager is None and found.averager is not None:
+        raise ValueError(f"{path}: a training with averages: give its averager")
     model.load_state_dict(found.model)
     optimizer.load_state_dict(found.optimizer)
+    if averager is not None and found.averager is not None:
+        averager.load_state_dict(found.averager)
     torch.set_rng_state(found.rng)
     return found.step, found.seconds, found.losses
 
