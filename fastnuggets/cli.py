@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, "print versions, how this copy was built, and the devices")
-    commands.add_parser("demo", help="train on molecules and write a report (fastnuggets demo --help)", add_help=False)
+    commands.add_parser("demo", help="molecules, or averages of weights, in a report (demo --help)", add_help=False)
 
     table = command("conformers", _conformers, "molecules -> coordinate table (Parquet)", _CONFORMERS)
     _add_input(table)

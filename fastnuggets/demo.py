@@ -123,8 +123,16 @@ class Result(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
-    args = _parser().parse_args(argv)
+    """Run the demo, or the one that the first argument names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "molecules"
+    if name == "average":
+        from fastnuggets import demo_average
+
+        return demo_average.main(arguments)
+    if name != "molecules":
+        _parser().error(f"there is no demo {name!r}: molecules, average")
+    args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
     if missing:
@@ -142,12 +150,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_DESCRIPTION = """\
+Two demos; each writes a page that needs no network.
+
+  molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
+             returns: OUT/report.html. This is what runs without a name.
+  average    Averages of weights and ensembles side by side, on handwritten digits: OUT/average.html.
+             Its options: fastnuggets demo average --help
+
+Options of molecules:"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastnuggets demo",
-        description="Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it "
-        "returns. Writes OUT/report.html, a page that needs no network.",
+        usage="%(prog)s [molecules] [--input FILE] [--out DIR] [--quick] [--seed SEED] [--resume | --fresh]\n"
+        "       %(prog)s average [--help]",
+        description=_DESCRIPTION,
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", type=Path, metavar="FILE", help=".sdf .smi .csv .parquet (default: NCI, from RDKit)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")

@@ -1,11 +1,11 @@
-"""The template of the demo's page (string.Template): style, text and the viewer that turns molecules."""
+"""Templates of the demos' pages (string.Template): what they share, and the text and the viewer of the molecules."""
 
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Molecules as waves, and back</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #5d6878; --page: #f5f6f8; --card: #fff; --line: #e3e6ec;
   --accent: #2f6fed; --wash: #2f6fed22; }
@@ -45,6 +45,7 @@ th:first-child { text-align: left; padding-left: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
 .bar { display: inline-block; min-width: 58px; padding: 0 5px; font-weight: 500; border-radius: 4px;
   background: linear-gradient(90deg, var(--wash) calc(100% * var(--v)), transparent 0); }
+.text th, .text td { text-align: left; vertical-align: top; white-space: normal; }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--accent); }
 .pick { display: flex; flex-wrap: wrap; gap: 8px; margin: 14px 0; align-items: center; }
 button { font: inherit; font-size: 14px; padding: 4px 13px; border-radius: 999px; border: 1px solid var(--line);
@@ -65,7 +66,12 @@ button[aria-pressed=true] { background: var(--accent); border-color: var(--accen
 </head>
 <body>
 <main>
-<h1>Molecules as waves, and back</h1>
+<h1>$title</h1>
+"""
+
+PAGE = (
+    HEAD
+    + """\
 <p class="lead">Each atom is drawn into a grid as a wave that fades with the distance. A network squeezes the grids to a
 few numbers and draws them again; from its drawing the atoms are found. The $tested molecules below were never
 shown to it in training, but its settings were chosen on other runs over this set: a demonstration, no benchmark.</p>
@@ -358,3 +364,4 @@ doi 10.1021/acs.molpharmaceut.7b01134. Kernel widths and the network are this li
 </body>
 </html>
 """
+)

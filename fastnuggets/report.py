@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from string import Template
@@ -33,6 +32,7 @@ from fastnuggets.demo import (
     draw,
     match,
 )
+from fastnuggets.figures import INK, chart, duration, image, png, pyplot, share, svg, table
 from fastnuggets.molecules.files import need
 from fastnuggets.ops.voxelize import voxelize
 from fastnuggets.page import PAGE
@@ -50,7 +50,6 @@ BOND = {
     "halogen": 1.1,
 }  # covalent, angstrom; halogens: Cl to Br
 LARGE = 14  # heavy atoms
-INK = "#010203"  # replaced by the text colour of the page
 
 
 class Volumes(NamedTuple):
@@ -93,6 +92,7 @@ def write(result: Result, out: Path) -> Path:
     latent = plan.latent * (plan.shape // 4) ** 3
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in result.data.left_out.items())
     page = Template(PAGE).substitute(
+        title="Molecules as waves, and back",
         viewer=json.dumps([_viewer(molecule) for molecule in shown], separators=(",", ":")).replace("<", "\\u003c"),
         colors=json.dumps(COLORS),
         legend=_legend(),
@@ -105,8 +105,8 @@ def write(result: Result, out: Path) -> Path:
         found=f"{every.found:,}",
         tested=len(result.data.test),
         gate=f"{GATE:g}",
-        gallery=_image(_gallery(shown), "Molecules as wave surfaces before and after the autoencoder"),
-        slices=_image(_slices(result, shown[0]), "Slices through one molecule in four representations"),
+        gallery=image(_gallery(shown), "Molecules as wave surfaces before and after the autoencoder"),
+        slices=image(_slices(result, shown[0]), "Slices through one molecule in four representations"),
         noise_chart=_noise_chart(result),
         loss_chart=_loss_chart(result),
         element_table=_element_table(result),
@@ -126,8 +126,8 @@ def write(result: Result, out: Path) -> Path:
         latent_cell=f"{plan.latent} × {plan.shape // 4}³",
         voxels=f"{len(CHANNELS) * plan.shape**3:,}",
         parameters=f"{result.parameters:,}",
-        training_time=_duration(result.training.seconds),
-        total_time=_duration(sum(result.seconds.values())),
+        training_time=duration(result.training.seconds),
+        total_time=duration(sum(result.seconds.values())),
         stages=", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()),
         seed=result.seed,
         power=f"{SCALE_POWER:g}",
@@ -276,22 +276,6 @@ def _packed(values: np.ndarray, kind: type) -> str:
 # Pictures
 
 
-def _pyplot() -> Any:
-    need("matplotlib").use("Agg")
-    return need("matplotlib.pyplot")
-
-
-def _png(figure: Any, dpi: int = 150, **options: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi, **{"transparent": True, **options})
-    _pyplot().close(figure)
-    return file.getvalue()
-
-
-def _image(png: bytes, alternative: str) -> str:
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
 def _render(volumes: Volumes, axes: np.ndarray, frame: Sequence[float], size: int = 360) -> np.ndarray:
     """RGBA [height, size, 4] of what one sees looking along the third axis; `frame` is half the box looked at.
 
@@ -377,13 +361,13 @@ def _frame(molecule: Shown) -> tuple[float, float, float]:
 
 
 def _gallery(shown: Sequence[Shown]) -> bytes:
-    figure, axes = _pyplot().subplots(2, len(shown), figsize=(2.4 * len(shown), 3.6), squeeze=False)
+    figure, axes = pyplot().subplots(2, len(shown), figsize=(2.4 * len(shown), 3.6), squeeze=False)
     figure.subplots_adjust(0, 0, 1, 1, 0, 0)
     for column, molecule in zip(axes.T, shown, strict=True):
         for axis, volumes in zip(column, (molecule.before, molecule.after), strict=True):
             axis.imshow(_render(volumes, molecule.axes, _frame(molecule)))
             axis.axis("off")
-    return _png(figure)
+    return png(figure)
 
 
 def _signed(values: np.ndarray) -> np.ndarray:
@@ -409,18 +393,18 @@ def _flat_slices(result: Result, molecule: Shown) -> list[np.ndarray]:
 
 
 def _slices(result: Result, molecule: Shown) -> bytes:
-    figure, axes = _pyplot().subplots(1, len(REPRESENTATIONS), figsize=(12, 3.05))
+    figure, axes = pyplot().subplots(1, len(REPRESENTATIONS), figsize=(12, 3.05))
     figure.subplots_adjust(0.001, 0.005, 0.999, 0.995, 0.03, 0)
     for axis, plane in zip(axes, _flat_slices(result, molecule), strict=True):
         axis.imshow(_signed(plane), origin="lower", interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
             spine.set(color="#8888", linewidth=0.6)
-    return _png(figure)
+    return png(figure)
 
 
 def _preview(result: Result, molecule: Shown) -> bytes:
-    figure, axes = _pyplot().subplots(1, 4, figsize=(14, 3.05), facecolor="white")
+    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3.05), facecolor="white")
     figure.subplots_adjust(0.005, 0.01, 0.995, 0.89, 0.02, 0)
     right, up, _ = frame = _frame(molecule)
     _paint_atoms(axes[0], molecule.truth, molecule.truth_channels, molecule.axes)
@@ -432,38 +416,11 @@ def _preview(result: Result, molecule: Shown) -> bytes:
         axis.set(xlim=(-right, right), ylim=(-up, up), aspect="equal")
         axis.axis("off")
         axis.set_title(title, fontsize=14, color="#333")
-    return _png(figure, 110, transparent=False, facecolor="white")
-
-
-def _chart(width: float, height: float) -> tuple[Any, Any]:
-    pyplot = _pyplot()
-    pyplot.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "0"})
-    figure, axis = pyplot.subplots(figsize=(width, height))
-    axis.tick_params(colors=INK, length=0)
-    axis.grid(color=INK, alpha=0.12, linewidth=0.8)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    return figure, axis
-
-
-def _svg(figure: Any, label: str) -> str:
-    file = io.StringIO()
-    figure.tight_layout(pad=0.3)
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    _pyplot().close(figure)
-    text = file.getvalue()
-    text = (
-        text[text.index("<svg") :]
-        .replace(INK, "currentColor")
-        .replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    )
-    text = text.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
-    start, end = text.find("<metadata>"), text.find("</metadata>")
-    return text[:start] + text[end + len("</metadata>") :] if start >= 0 else text
+    return png(figure, 110, transparent=False, facecolor="white")
 
 
 def _noise_chart(result: Result) -> str:
-    figure, axis = _chart(6.2, 3.2)
+    figure, axis = chart(6.2, 3.2)
     for name, scores in result.scores.items():
         conditions = [condition for condition in scores if condition != "autoencoder"]
         # Both must be good to be right: the harmonic mean of precision and recall.
@@ -473,7 +430,7 @@ def _noise_chart(result: Result) -> str:
     axis.set_ylim(-0.03, 1.03)
     axis.set_ylabel("F1 of the atoms found", color=INK)
     axis.legend(frameon=False, labelcolor=INK, loc="lower left")
-    return _svg(figure, "Share of atoms found against noise, for each representation")
+    return svg(figure, "Share of atoms found against noise, for each representation")
 
 
 def _f1(score: Score) -> float:
@@ -481,7 +438,7 @@ def _f1(score: Score) -> float:
 
 
 def _loss_chart(result: Result) -> str:
-    figure, axis = _chart(6.2, 3.2)
+    figure, axis = chart(6.2, 3.2)
     losses = np.array(result.training.losses)
     axis.plot(losses, color=SERIES["wave"], alpha=0.25, lw=0.8)
     width = max(1, len(losses) // 40)
@@ -495,7 +452,7 @@ def _loss_chart(result: Result) -> str:
     axis.set_ylim(low, high)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel("loss", color=INK)
-    return _svg(figure, "Loss of each training step")
+    return svg(figure, "Loss of each training step")
 
 
 # Tables
@@ -508,16 +465,6 @@ def _legend() -> str:
     return "".join(items)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else f'<b class="bar" style="--v:{value:.3f}">{100 * value:.1f}</b>'
-
-
 def _length(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
@@ -525,10 +472,10 @@ def _length(value: float) -> str:
 def _element_table(result: Result) -> str:
     scores = result.scores[WAVE.name]["autoencoder"]
     rows = [
-        [name, str(s.true), str(s.found), str(s.matched), _share(s.precision), _share(s.recall), _length(s.rmse)]
+        [name, str(s.true), str(s.found), str(s.matched), share(s.precision), share(s.recall), _length(s.rmse)]
         for name, s in zip((*CHANNELS, "all"), scores, strict=True)
     ]
-    return _table(["", "true", "found", "right", "precision %", "recall %", "rmse Å"], rows)
+    return table(["", "true", "found", "right", "precision %", "recall %", "rmse Å"], rows)
 
 
 def _condition_table(result: Result) -> str:
@@ -536,8 +483,8 @@ def _condition_table(result: Result) -> str:
     for name, conditions in result.scores.items():
         for condition, scores in conditions.items():
             s = scores[-1]
-            rows.append([f"{name}, {condition}", _share(s.precision), _share(s.recall), _length(s.rmse)])
-    return _table(["all elements", "precision %", "recall %", "rmse Å"], rows)
+            rows.append([f"{name}, {condition}", share(s.precision), share(s.recall), _length(s.rmse)])
+    return table(["all elements", "precision %", "recall %", "rmse Å"], rows)
 
 
 def _details(result: Result) -> str:
@@ -552,7 +499,7 @@ def _details(result: Result) -> str:
             ]
             rows.append([f"{name}, {condition}", *cells])
     true = [s.true for s in result.scores[WAVE.name]["clean"][:-1]]
-    return _table(["", *(f"{name} ({count})" for name, count in zip(CHANNELS, true, strict=True))], rows)
+    return table(["", *(f"{name} ({count})" for name, count in zip(CHANNELS, true, strict=True))], rows)
 
 
 def _cell(s: Score) -> str:
@@ -562,8 +509,4 @@ def _cell(s: Score) -> str:
 
 def _speed_table(result: Result) -> str:
     rows = [[name, f"{value:,.0f}", f"{1000 / value:.2f}"] for name, value in result.speed.items()]
-    return _table(["", "molecules / s", "ms a molecule"], rows)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    return table(["", "molecules / s", "ms a molecule"], rows)
