@@ -36,7 +36,7 @@ test: $(BUILT)
 demo: $(BUILT)
 	$(call RUN,.venv) fastnuggets demo $(ARGS)
 
-bench: $(BUILT) .venv/bench
+bench: $(BUILT) .venv/bench .venv/timm
 	$(call RUN,.venv) python -m bench $(ARGS)
 
 wheel: $(ENV)
@@ -68,6 +68,11 @@ $(BUILT): $(ENV) $(SOURCES)
 
 .venv/bench .venv/dev: $(ENV)
 	$(call RUN,.venv) pip install --quiet --no-build-isolation --editable '.[$(notdir $@)]'
+	touch $@
+
+# timm would bring a torchvision, and that another torch; the one file of it that is measured needs neither.
+.venv/timm: .venv/bench
+	$(call RUN,.venv) pip install --quiet --no-deps timm==1.0.31
 	touch $@
 
 $(CUDA_ENV):

@@ -18,8 +18,9 @@ Row = dict[str, Any]
 
 METHOD = (
     "All contenders of a table take turns in one process and write to an output that exists already. The error is the "
-    f"largest against float64, relative to the largest value (of grids over the first {CHECKED} molecules); where it is "
-    "too large, of ours or of the peer, no ratio is given. Extra memory is what the first call adds to what was there."
+    f"largest against float64, relative to the largest value (of grids over the first {CHECKED} molecules); where it "
+    "is too large, of ours or of the peer, no ratio is given. Extra memory is what the first call adds to what was "
+    "there."
 )
 
 

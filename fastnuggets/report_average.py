@@ -168,7 +168,7 @@ $claims
 <p>The $images digits of 8 × 8 pixels in scikit-learn. A seed decides the split, which labels are wrong, the first
 weights and the batches. SGD with a rate of $rate, momentum $momentum, weight decay $weight_decay, batches of $batch.
 SWAG: rank $rank, scale $scale, $draws draws. The settings were chosen on three other seeds: of those tried with
-which the last iterate was about at its best, the ones with which SWA gained most. All seeds share the same images.</p>
+which the last iterate was about at its best, ones with which SWA gained clearly. All seeds share the same images.</p>
 <p>"Better" and "worse" stand where the $confidence % interval of the mean difference over the seeds (Student's t,
 $seeds seeds) leaves out zero, with no correction for the number of comparisons. It says what another split of these
 images would do, not other images, and not other data.$few_seeds</p>

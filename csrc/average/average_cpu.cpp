@@ -272,24 +272,31 @@ FN_BODY void load_lanes(const BFloat16* x, Floats& lanes) {
   std::memcpy(&lanes, &wide, sizeof lanes);
 }
 
-// Sums stay in registers over all sources, four vectors of them.
+// Sums stay in registers over all sources, four vectors of them: as an array GCC would keep them in memory.
 template <class S>
 FN_BODY void sum_sources(const Rows& rows, const Scalars& c, Index row, Index at, Index n, float* sum) {
   const void* const* sources = rows.data + row * rows.C + 1;
-  constexpr int kVectors = 4, kStep = kVectors * kLanes;
+  constexpr int kStep = 4 * kLanes;
   Index i = 0;
   for (; i + kStep <= n; i += kStep) {
-    Floats total[kVectors] = {};
+    Floats sum0{}, sum1{}, sum2{}, sum3{};
     for (int k = 0; k < c.count; ++k) {
       const S* x = static_cast<const S*>(sources[k]) + at + i;
       const Floats factor = Floats{} + float(c.value[k]);
-      for (int v = 0; v < kVectors; ++v) {
-        Floats lanes;
-        load_lanes(x + v * kLanes, lanes);
-        total[v] += factor * lanes;
-      }
+      Floats x0, x1, x2, x3;
+      load_lanes(x, x0);
+      load_lanes(x + kLanes, x1);
+      load_lanes(x + 2 * kLanes, x2);
+      load_lanes(x + 3 * kLanes, x3);
+      sum0 += factor * x0;
+      sum1 += factor * x1;
+      sum2 += factor * x2;
+      sum3 += factor * x3;
     }
-    std::memcpy(sum + i, total, sizeof total);
+    std::memcpy(sum + i, &sum0, sizeof sum0);
+    std::memcpy(sum + i + kLanes, &sum1, sizeof sum1);
+    std::memcpy(sum + i + 2 * kLanes, &sum2, sizeof sum2);
+    std::memcpy(sum + i + 3 * kLanes, &sum3, sizeof sum3);
   }
   for (; i < n; ++i) {
     sum[i] = 0;
@@ -470,6 +477,7 @@ FN_BODY void body(const Rows& rows, const Search& how, Run run) {
 
 // ---- one clone an instruction set: 256 bits do what memory allows
 
+// Short rows lie anywhere in memory: no hardware sees the next one coming.
 constexpr Index kAhead = 4;
 
 // The runs that blocks [block, end) are made of.
@@ -479,7 +487,6 @@ FN_BODY void runs(const Rows& rows, const How& how, Index block, Index end) {
   for (; block < end; ++row) {
     const Index first = rows.first_block[row], stop = std::min(end, rows.first_block[row + 1]);
     if (block == stop) continue;
-    // Short rows lie anywhere in memory: no hardware sees the next one coming.
     if (row + kAhead < rows.R)
       for (int c = 0; c < rows.C; ++c) __builtin_prefetch(rows.data[(row + kAhead) * rows.C + c]);
     body<level>(rows, how, {row, (block - first) * kBlock, std::min((stop - first) * kBlock, rows.numel[row])});
