@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import signal
@@ -326,8 +327,14 @@ def swap_rows(case: Case) -> Iterator[Contender]:
 
 
 def swag_group(device: str) -> Iterator[Contender | Missing]:
-    """8.4 M weights and the last 20 deviations."""
-    case = Case([(1024, 1024)] * 8, device)
+    """The last 20 deviations of ResNet-50 collected, and samples of 8.4 M weights drawn."""
+    yield from itertools.islice(swag_rows(resnet50(), device), 2)
+    yield from itertools.islice(swag_rows([(1024, 1024)] * 8, device), 2, None)
+
+
+def swag_rows(shapes: Sequence[tuple[int, ...]], device: str) -> Iterator[Contender]:
+    """Two that collect and two that draw."""
+    case = Case(shapes, device)
     zeros = [torch.zeros_like(w) for w in case.weights]
     mean, m2 = [z.clone() for z in zeros], zeros
     rings = [torch.zeros(RANK, *w.shape, device=device) for w in case.weights]
@@ -507,7 +514,7 @@ def groups(device: str, quick: bool) -> list[Group]:
         Group("passes", "Several quantities in one pass, ResNet-50, float32", lambda: passes_group(device)),
         Group(
             "swag",
-            "SWAG, 8.4 M weights",
+            "SWAG: ResNet-50 collected, 8.4 M weights drawn",
             lambda: swag_group(device),
             [
                 Gate(

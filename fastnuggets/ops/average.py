@@ -299,11 +299,12 @@ def _rates(decay: Rate, sets: int) -> list[float] | Tensor:
     """1 - decay, one for each of the sets: numbers, or a float64 tensor where the given one is."""
     if isinstance(decay, Tensor):
         return 1.0 - decay.detach().double().reshape(-1)
-    decays = [float(d) for d in decay] if isinstance(decay, Sequence) else [float(decay)] * sets
+    decays = decay if isinstance(decay, Sequence) else [decay] * sets
     if len(decays) != sets:
         raise ValueError(f"decay must be {sets} numbers, one for each list of averages, got {len(decays)}")
-    if not all(0.0 <= d <= 1.0 for d in decays):
-        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    for d in decays:
+        if not 0.0 <= d <= 1.0:
+            raise ValueError(f"decay must be in [0, 1], got {decay}")
     return [1.0 - d for d in decays]
 
 
