@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastnuggets import reference
+from fastnuggets.ops.sample import APPROXIMATIONS, FORMS, KINDS
 from fastnuggets.ops.voxelize import COMBINES, DENSITIES
 
 NAMESPACE = "fastnuggets"
@@ -790,5 +791,198 @@ register(
         ),
         _reference_optimizer(_reference_adamw, 2),
         any_dtype=("rates",),
+    )
+)
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------
+
+_SIZES = {"typical": (3, 4, 2), "larger": (4, 5, 3), "one": (1, 1, 1), "empty": (2, 0, 3), "parallel": (2, 3, 6000)}
+_FLOATING = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+# The noise is float32's: seen, up to 7e-7 off. Half types: a unit of the last place each way.
+_DRAWN = {torch.float32: 3e-6, torch.float64: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def _key(device: torch.device) -> Tensor:
+    return torch.tensor([-(2**62) + 12345, 2**40 + 77], device=device)
+
+
+def _scaled_noise_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(5, device, dtype)
+    key = _key(device)
+    made: dict[str, tuple[Any, ...]] = {}
+    for name, size in _SIZES.items():
+        made[name] = (uniform(-1, 1, *size), uniform(0.2, 1, *size), key, KINDS.index("normal"), 0.0)
+    for i, kind in enumerate(KINDS):
+        made[kind] = (uniform(-1, 1, 7, 3), uniform(0.2, 1, 7, 3), key, i, 0.7)
+    made["no loc"] = (None, uniform(-1, 1, 200), key, KINDS.index("keep"), 0.25)
+    return made
+
+
+def _fill_noise_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    key = _key(device)
+    made: dict[str, tuple[Any, ...]] = {}
+    for name, size in _SIZES.items():
+        made[name] = (torch.full(size, 7.0, dtype=dtype, device=device), 0.5, 2.0, key, KINDS.index("laplace"), 0.0)
+    return made
+
+
+def _normal_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(6, device, dtype)
+    key = _key(device)
+
+    def sample(size: tuple[int, ...], form: str, event_dims: int, wanted: tuple[bool, bool], prior: int) -> Any:
+        inputs = (uniform(-1, 1, *size), uniform(0.3, 1.5, *size))
+        priors = (uniform(-1, 1, *size) if prior > 1 else None, uniform(0.5, 2, *size) if prior else None)
+        return (*inputs, *priors, key if wanted[0] else None, FORMS.index(form), event_dims, list(wanted))
+
+    both = (True, True)
+    made = {name: sample(size, "logvar", 1, both, 2) for name, size in _SIZES.items()}
+    for form in FORMS:
+        made[form] = sample((2, 5), form, 2, both, 0)
+    made["elementwise"] = sample((2, 3), "std", 0, both, 1)
+    made["z alone"] = sample((2, 3), "rho", 0, (True, False), 0)
+    made["kl alone"] = sample((2, 3), "var", 1, (False, True), 2)
+    return made
+
+
+def _normal_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(7, device, dtype)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    made = {}
+    for name, (mean, spread, *rest, event_dims, wanted) in _normal_samples(device, dtype).items():
+        grad_z = uniform(-1, 1, *mean.shape) if wanted[0] else None
+        grad_kl = uniform(-1, 1, *mean.shape[: mean.dim() - event_dims]).to(sums) if wanted[1] else None
+        wants = [True, True, rest[0] is not None, rest[1] is not None]
+        made[name] = (grad_z, grad_kl, mean, spread, *rest, event_dims, wants)
+    return made
+
+
+def _log_uniform_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(8, device, dtype)
+    made = {name: (uniform(-4, 2, *size), 0, 1) for name, size in _SIZES.items()}
+    for i, approximation in enumerate(APPROXIMATIONS):
+        made[approximation] = (uniform(-4, 0, 3, 4), i, i)
+    return made
+
+
+def _log_uniform_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(9, device, dtype)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        name: (uniform(-1, 1, *x.shape[: x.dim() - event_dims]).to(sums), x, approximation, event_dims)
+        for name, (x, approximation, event_dims) in _log_uniform_samples(device, dtype).items()
+    }
+
+
+def _reference_noise(loc: Tensor | None, scale: Tensor, key: Tensor, kind: int, parameter: float) -> Tensor:
+    return reference.scaled_noise(loc, scale, key, KINDS[kind], parameter)
+
+
+def _reference_normal(
+    mean: Tensor,
+    spread: Tensor,
+    prior_mean: Tensor | None,
+    prior_std: Tensor | None,
+    key: Tensor | None,
+    form: int,
+    event_dims: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    z = kl = mean.new_zeros(0)
+    if wanted[0] and key is not None:
+        z = reference.rsample_normal(mean, spread, key, FORMS[form])
+    if wanted[1]:
+        prior = (0.0 if prior_mean is None else prior_mean, 1.0 if prior_std is None else prior_std)
+        kl = reference.kl_normal(mean, spread, FORMS[form], *prior, event_dims)
+    return z, kl
+
+
+def _reference_normal_backward(grad_z: Tensor | None, grad_kl: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, key, form, event_dims, wanted = rest
+    leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    mean, spread, prior_mean, prior_std = leaves
+    with torch.enable_grad():
+        drawn = [grad_z is not None, grad_kl is not None]
+        outputs = _reference_normal(mean, spread, prior_mean, prior_std, key, form, event_dims, drawn)
+        pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_kl), strict=True) if g is not None]
+        given = [leaf for leaf in leaves if leaf is not None]
+        found = iter(_gradients([o for o, _ in pairs], given, [g for _, g in pairs]))
+    return tuple(next(found).detach() if w else mean.new_zeros(0) for w in wanted)
+
+
+def _reference_log_uniform_backward(grad: Tensor, log_alpha: Tensor, approximation: int, event_dims: int) -> Tensor:
+    with torch.enable_grad():
+        leaf = log_alpha.detach().requires_grad_()
+        kl = reference.kl_log_uniform(leaf, APPROXIMATIONS[approximation], event_dims)
+        return torch.autograd.grad(kl, leaf, grad)[0]
+
+
+register(
+    OpCase(
+        "fastnuggets::scaled_noise",
+        _scaled_noise_samples,
+        _reference_noise,
+        ("loc", "scale"),
+        dtypes=_FLOATING,
+        any_dtype=("loc", "scale"),
+        tolerance=_DRAWN,
+        gradient_tolerance=_DRAWN,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::fill_noise_",
+        _fill_noise_samples,
+        lambda out, loc, scale, *how: loc + _reference_noise(None, torch.full_like(out, scale), *how),
+        dtypes=_FLOATING,
+        any_dtype=("out",),
+        tolerance=_DRAWN,
+    )
+)
+_NORMAL = ("mean", "spread", "prior_mean", "prior_std")
+register(
+    OpCase(
+        "fastnuggets::rsample_normal",
+        _normal_samples,
+        _reference_normal,
+        _NORMAL,
+        dtypes=_FLOATING,
+        any_dtype=_NORMAL,
+        tolerance=_DRAWN,
+        gradient_tolerance=_DRAWN,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::rsample_normal_backward",
+        _normal_backward_samples,
+        _reference_normal_backward,
+        dtypes=_FLOATING,
+        any_dtype=("grad_z", "grad_kl", *_NORMAL),
+        tolerance=_DRAWN,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::kl_log_uniform",
+        _log_uniform_samples,
+        lambda x, approximation, event_dims: reference.kl_log_uniform(x, APPROXIMATIONS[approximation], event_dims),
+        ("log_alpha",),
+        dtypes=_FLOATING,
+        any_dtype=("log_alpha",),
+        tolerance={**_DRAWN, torch.float64: 1e-12},
+        gradient_tolerance={**_DRAWN, torch.float64: 1e-12},
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::kl_log_uniform_backward",
+        _log_uniform_backward_samples,
+        _reference_log_uniform_backward,
+        dtypes=_FLOATING,
+        any_dtype=("grad", "log_alpha"),
+        tolerance={**_DRAWN, torch.float64: 1e-12},
     )
 )

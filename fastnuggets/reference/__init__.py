@@ -12,6 +12,7 @@ from fastnuggets.reference.average import (
 )
 from fastnuggets.reference.inverse import fit_atoms
 from fastnuggets.reference.philox import normal, philox, uniform
+from fastnuggets.reference.sample import kl_log_uniform, kl_normal, noise, rsample_normal, scaled_noise
 from fastnuggets.reference.voxelize import atom_relevance, voxelize
 
 __all__ = [
@@ -20,8 +21,13 @@ __all__ = [
     "average_update",
     "fit_atoms",
     "join",
+    "kl_log_uniform",
+    "kl_normal",
+    "noise",
     "normal",
     "philox",
+    "rsample_normal",
+    "scaled_noise",
     "sgd_step",
     "split",
     "stochastic_bfloat16",

@@ -1,0 +1,531 @@
+// CPU kernels: threads share out chunks whose borders do not depend on their number, so neither do the bits. Noise is
+// made a chunk at a time, in the cache, in the forward and again in the backward pass.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu.h"
+#include "common/philox_cpu.h"
+#include "sample/sample_math.h"
+#include "sample/sample_op.h"
+
+#define FN_BODY inline __attribute__((always_inline))
+
+namespace fastnuggets::sample {
+namespace {
+
+using Index = std::int64_t;
+
+// ---- loads and stores of a chunk
+
+template <class S, class R>
+FN_BODY void convert(const S* from, Index n, R* to) {
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) to[i] = R(load(from[i]));
+}
+
+template <class R>
+FN_BODY void convert(Dtype dtype, const void* from, Index at, Index n, R* to) {
+  switch (dtype) {
+    case Dtype::float32:
+      return convert(static_cast<const float*>(from) + at, n, to);
+    case Dtype::float64:
+      return convert(static_cast<const double*>(from) + at, n, to);
+    case Dtype::float16:
+      return convert(static_cast<const Half*>(from) + at, n, to);
+    case Dtype::bfloat16:
+      return convert(static_cast<const BFloat16*>(from) + at, n, to);
+  }
+}
+
+template <class R>
+constexpr Dtype kDtype = std::is_same_v<R, double> ? Dtype::float64 : Dtype::float32;
+
+// Elements [at, at + n) in the type R: where they are, or in the buffer of kChunk.
+template <class R>
+FN_BODY const R* loaded(const Operand& from, Dtype dtype, Index at, Index n, R* buffer) {
+  if (from.data != nullptr && !from.constant) {
+    if (dtype == kDtype<R>) return static_cast<const R*>(from.data) + at;
+    convert(dtype, from.data, at, n, buffer);
+    return buffer;
+  }
+  R value = R(from.value);
+  if (from.data != nullptr) convert(dtype, from.data, 0, 1, &value);
+  std::fill_n(buffer, n, value);
+  return buffer;
+}
+
+// Where to put elements [at, at + n): their place or, for another type, the buffer, from which `stored` takes them.
+template <class R>
+FN_BODY R* room(void* out, Dtype dtype, Index at, R* buffer) {
+  return out != nullptr && dtype == kDtype<R> ? static_cast<R*>(out) + at : buffer;
+}
+template <class S, class R>
+FN_BODY void store(const R* from, Index n, S* to) {
+  using C = typename Compute<S>::type;
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) to[i] = Store<S>::of(C(from[i]));
+}
+template <class R>
+FN_BODY void stored(const R* from, void* out, Dtype dtype, Index at, Index n) {
+  if (out == nullptr || dtype == kDtype<R>) return;
+  if (dtype == Dtype::float16) return store(from, n, static_cast<Half*>(out) + at);
+  store(from, n, static_cast<BFloat16*>(out) + at);
+}
+
+// ---- noise
+
+FN_BODY PhiloxStream stream_of(const Index* key) {
+  return {std::uint64_t(key[0]), std::uint32_t(std::uint64_t(key[1])), std::uint32_t(std::uint64_t(key[1]) >> 32)};
+}
+
+template <Simd level, Kind kind>
+FN_BODY void noise_blocks(const PhiloxStream& stream, Index first, Index blocks, Parameter parameter, float* noise) {
+  for (Index b = 0; b < blocks; ++b) {
+    float* const out = noise + b * kPhiloxBlock;
+    if constexpr (kind == Kind::normal || kind == Kind::gain) {
+      normal_block<level>(stream, std::uint64_t(first + b), out);
+      if constexpr (kind == Kind::gain) {
+#pragma omp simd
+        for (int i = 0; i < kPhiloxBlock; ++i) out[i] = exact::fma(parameter.value, out[i], 1.0f);
+      }
+    } else {
+      alignas(64) std::uint32_t words[kPhiloxBlock];
+      philox_block<level>(stream, std::uint64_t(first + b), words);
+#pragma omp simd
+      for (int i = 0; i < kPhiloxBlock; ++i) out[i] = noise_of<kind>(words[i]);
+    }
+  }
+}
+
+// `at` is a multiple of the group, of which so many are made.
+template <Simd level>
+FN_BODY void masks(const PhiloxStream& stream, Index at, Index groups, Parameter parameter, float* noise) {
+  for (Index g = 0; g < groups; ++g) {
+    alignas(64) std::uint32_t words[kPhiloxBlock];
+    philox_block<level>(stream, std::uint64_t(at / kKeepGroup + g), words);
+    for (int half = 0; half < 2 * kPhiloxWords; ++half) {
+      float* const out = noise + g * kKeepGroup + half * kPhiloxLanes;
+      const std::uint32_t* const word = words + half / 2 * kPhiloxLanes;
+      const int shift = 16 * (half % 2);
+#pragma omp simd
+      for (int i = 0; i < kPhiloxLanes; ++i) out[i] = keep(word[i], shift, parameter);
+    }
+  }
+}
+
+constexpr Index kNoiseRoom = kChunk + 2 * kPhiloxBlock;
+
+// The noise of elements [at, at + n), n <= kChunk, somewhere in the buffer of kNoiseRoom. Masks start at a chunk.
+template <Simd level>
+FN_BODY const float* noise_of(Kind kind, const PhiloxStream& stream, const Parameter& parameter, Index at, Index n,
+                              float* buffer) {
+  const Index first = at / kPhiloxBlock, blocks = (at + n + kPhiloxBlock - 1) / kPhiloxBlock - first;
+  switch (kind) {
+#define FN_KIND(KIND)                                                          \
+  case Kind::KIND:                                                             \
+    noise_blocks<level, Kind::KIND>(stream, first, blocks, parameter, buffer); \
+    break;
+    FN_KIND(normal)
+    FN_KIND(uniform)
+    FN_KIND(laplace)
+    FN_KIND(logistic)
+    FN_KIND(gumbel)
+    FN_KIND(exponential)
+    FN_KIND(sign)
+    FN_KIND(gain)
+#undef FN_KIND
+    case Kind::keep:
+      masks<level>(stream, at, (n + kKeepGroup - 1) / kKeepGroup, parameter, buffer);
+      break;
+  }
+  return buffer + at % kPhiloxBlock;
+}
+
+// ---- out = loc + scale noise
+
+template <Simd level, class R>
+FN_BODY void scaled_noise(const ScaledNoise& how, Index from, Index to) {
+  const PhiloxStream stream = stream_of(how.key);
+  const Parameter parameter(how.kind, how.parameter);
+  alignas(64) float noises[kNoiseRoom];
+  alignas(64) R locs[kChunk], scales[kChunk], outs[kChunk];
+  for (Index chunk = from; chunk < to; ++chunk) {
+    const Index at = chunk * kChunk, n = std::min(kChunk, how.numel - at);
+    const float* const noise = noise_of<level>(how.kind, stream, parameter, at, n, noises);
+    const R* const scale = loaded(how.scale, how.dtype, at, n, scales);
+    R* const out = room(how.out, how.dtype, at, outs);
+    const R* const loc = loaded(how.loc, how.dtype, at, n, locs);
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) out[i] = fused(scale[i], R(noise[i]), loc[i]);
+    stored(out, how.out, how.dtype, at, n);
+  }
+}
+
+// ---- rows: sums over each in a fixed order
+
+// Units of work: several rows of up to kChunk elements in all, or a piece of kChunk elements of a longer row.
+struct Units {
+  Index rows, n;
+  Index together;  // rows of a unit
+  Index pieces;    // of a row
+
+  FN_BODY explicit Units(Rows shape)
+      : rows(shape.rows),
+        n(shape.n),
+        together(n == 0 ? kChunk : std::max<Index>(1, kChunk / n)),
+        pieces(std::max<Index>(1, (n + kChunk - 1) / kChunk)) {}
+  FN_BODY Index count() const { return pieces > 1 ? rows * pieces : (rows + together - 1) / together; }
+};
+
+struct Unit {
+  Index row, rows;  // the first of so many
+  Index at, n;      // elements
+
+  FN_BODY Unit(const Units& units, Index u) {
+    if (units.pieces > 1) {
+      row = u / units.pieces;
+      rows = 1;
+      const Index start = u % units.pieces * kChunk;
+      at = row * units.n + start;
+      n = std::min(kChunk, units.n - start);
+    } else {
+      row = u * units.together;
+      rows = std::min(units.together, units.rows - row);
+      at = row * units.n;
+      n = rows * units.n;
+    }
+  }
+};
+
+template <class R>
+FN_BODY R sum(const R* x, Index n) {
+  constexpr int kLanes = 16;
+  R lanes[kLanes] = {};
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l];
+  }
+  for (int l = 0; i < n; ++i, ++l) lanes[l] += x[i];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+// Sums of the unit's rows, or of its piece of a row.
+template <class R>
+FN_BODY void sum_rows(const R* terms, const Units& units, const Unit& unit, Index u, R* sums, double* pieces) {
+  if (units.pieces > 1) {
+    pieces[u] = double(sum(terms, unit.n));
+  } else if (units.n == 1) {
+    std::copy_n(terms, unit.rows, sums + unit.row);
+  } else {
+    for (Index r = 0; r < unit.rows; ++r) sums[unit.row + r] = sum(terms + r * units.n, units.n);
+  }
+}
+
+// Each element's number of its row.
+template <class R>
+FN_BODY const R* spread_rows(const R* of_rows, const Units& units, const Unit& unit, R* buffer) {
+  if (units.n == 1) return of_rows + unit.row;
+  if (unit.rows == 1) {
+    std::fill_n(buffer, unit.n, of_rows[unit.row]);
+  } else {
+    for (Index r = 0; r < unit.rows; ++r) std::fill_n(buffer + r * units.n, units.n, of_rows[unit.row + r]);
+  }
+  return buffer;
+}
+
+// ---- normals and their divergence
+
+template <class R>
+struct Priors {
+  alignas(64) R means[kChunk], stds[kChunk], inverses[kChunk], logs[kChunk];
+  const R* mean;
+
+  // A constant prior is worked out once.
+  FN_BODY Priors(const Normal& how) {
+    if (how.prior_std.data == nullptr || how.prior_std.constant) fill(how, 0, kChunk);
+  }
+  FN_BODY void at(const Normal& how, Index at, Index n) {
+    mean = loaded(how.prior_mean, how.dtype, at, n, means);
+    if (how.prior_std.data != nullptr && !how.prior_std.constant) fill(how, at, n);
+  }
+  FN_BODY void fill(const Normal& how, Index at, Index n) {
+    const R* const std = loaded(how.prior_std, how.dtype, at, n, stds);
+    R *const inverse = inverses, *const log = logs;
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) {
+      const Prior<R> prior = prior_of(std[i]);
+      inverse[i] = prior.inverse;
+      log[i] = prior.log;
+    }
+  }
+};
+
+template <Form form, class R>
+FN_BODY void draw(const R* mean, const R* spread, const float* noise, Index n, R* z) {
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) z[i] = fused(spread_of<form>(spread[i]).std, R(noise[i]), mean[i]);
+}
+
+template <Form form, class R>
+FN_BODY void divergence(const R* mean, const R* spread, const Priors<R>& prior, Index n, R* term) {
+  const R *const prior_mean = prior.mean, *const inverse = prior.inverses, *const log = prior.logs;
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) {
+    const Spread<R> s = spread_of<form>(spread[i]);
+    term[i] = normal_kl(mean[i], s.std, s.log, prior_mean[i], inverse[i], log[i]);
+  }
+}
+
+// Both in one loop: the width is worked out once.
+template <Form form, class R>
+FN_BODY void draw_and_divergence(const R* mean, const R* spread, const float* noise, const Priors<R>& prior, Index n,
+                                 R* z, R* term) {
+  const R *const prior_mean = prior.mean, *const inverse = prior.inverses, *const log = prior.logs;
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) {
+    const Spread<R> s = spread_of<form>(spread[i]);
+    z[i] = fused(s.std, R(noise[i]), mean[i]);
+    term[i] = normal_kl(mean[i], s.std, s.log, prior_mean[i], inverse[i], log[i]);
+  }
+}
+
+template <Simd level, Form form, class R>
+FN_BODY void normal_units(const Normal& how, double* pieces, Index from, Index to) {
+  const Units units(how.shape);
+  const PhiloxStream stream = how.key == nullptr ? PhiloxStream{} : stream_of(how.key);
+  alignas(64) float noises[kNoiseRoom];
+  alignas(64) R means[kChunk], spreads[kChunk], zs[kChunk], terms[kChunk];
+  Priors<R> prior(how);
+  for (Index u = from; u < to; ++u) {
+    const Unit unit(units, u);
+    const Index at = unit.at, n = unit.n;
+    const R* const mean = loaded(how.mean, how.dtype, at, n, means);
+    const R* const spread = loaded(how.spread, how.dtype, at, n, spreads);
+    if (how.kl != nullptr) prior.at(how, at, n);
+    R* const z = room(how.z, how.dtype, at, zs);
+    if (how.z == nullptr) {
+      divergence<form>(mean, spread, prior, n, terms);
+    } else {
+      const float* const noise = noise_of<level>(Kind::normal, stream, Parameter(Kind::normal, 0), at, n, noises);
+      if (how.kl == nullptr)
+        draw<form>(mean, spread, noise, n, z);
+      else
+        draw_and_divergence<form>(mean, spread, noise, prior, n, z, terms);
+      stored(z, how.z, how.dtype, at, n);
+    }
+    if (how.kl != nullptr) sum_rows(terms, units, unit, u, static_cast<R*>(how.kl), pieces);
+  }
+}
+
+template <class R>
+struct Grads {
+  R *mean, *spread, *prior_mean, *prior_std;
+};
+
+template <Form form, class R>
+FN_BODY void grads_of_z(const R* grad_z, const R* spread, const float* noise, Index n, R* by_spread) {
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) by_spread[i] = grad_z[i] * R(noise[i]) * spread_of<form>(spread[i]).std_slope;
+}
+
+template <Form form, class R>
+FN_BODY void grads_of_both(const R* grad_z, const R* grad_kl, const R* mean, const R* spread, const float* noise,
+                           const Priors<R>& prior, Index n, const Grads<R>& to) {
+  const R *const prior_mean = prior.mean, *const inverse = prior.inverses;
+  R *const by_mean = to.mean, *const by_spread = to.spread;
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) {
+    const Spread<R> s = spread_of<form>(spread[i]);
+    const R q = s.std * inverse[i], d = (mean[i] - prior_mean[i]) * inverse[i];
+    const R weight = grad_kl[i] * inverse[i];
+    by_mean[i] = fused(weight, d, grad_z[i]);
+    by_spread[i] = fused(fused(weight, q, product(grad_z[i], R(noise[i]))), s.std_slope, -(grad_kl[i] * s.log_slope));
+  }
+}
+
+template <Form form, class R>
+FN_BODY void grads_of_prior(const R* grad_kl, const R* mean, const R* spread, const Priors<R>& prior, Index n,
+                            const Grads<R>& to) {
+  const R *const prior_mean = prior.mean, *const inverse = prior.inverses;
+  R *const by_mean = to.prior_mean, *const by_std = to.prior_std;
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) {
+    const R q = spread_of<form>(spread[i]).std * inverse[i], d = (mean[i] - prior_mean[i]) * inverse[i];
+    const R weight = grad_kl[i] * inverse[i];
+    by_mean[i] = -(weight * d);
+    by_std[i] = weight * fused(-d, d, fused(-q, q, R(1)));
+  }
+}
+
+template <Simd level, Form form, class R>
+FN_BODY void normal_backward_units(const NormalBackward& how, Index from, Index to) {
+  const Normal& forward = how.forward;
+  const Dtype dtype = forward.dtype;
+  const Units units(forward.shape);
+  const PhiloxStream stream = forward.key == nullptr ? PhiloxStream{} : stream_of(forward.key);
+  alignas(64) float noises[kNoiseRoom] = {};
+  alignas(64) R means[kChunk], spreads[kChunk], grad_zs[kChunk], grad_kls[kChunk], outs[4][kChunk];
+  Priors<R> prior(forward);
+  for (Index u = from; u < to; ++u) {
+    const Unit unit(units, u);
+    const Index at = unit.at, n = unit.n;
+    const R* const mean = loaded(forward.mean, dtype, at, n, means);
+    const R* const spread = loaded(forward.spread, dtype, at, n, spreads);
+    const R* const grad_z = loaded(how.grad_z, dtype, at, n, grad_zs);
+    const float* noise = noises;
+    if (forward.key != nullptr)
+      noise = noise_of<level>(Kind::normal, stream, Parameter(Kind::normal, 0), at, n, noises);
+    R* out[4];
+    for (int k = 0; k < 4; ++k) out[k] = room(how.grads[k], dtype, at, outs[k]);
+    const Grads<R> grads{out[0], out[1], out[2], out[3]};
+    if (how.grad_kl == nullptr) {
+      grads_of_z<form>(grad_z, spread, noise, n, grads.spread);
+      if (how.grads[0] != nullptr) std::copy_n(grad_z, n, grads.mean);
+      for (int k = 2; k < 4; ++k)
+        if (how.grads[k] != nullptr) std::fill_n(out[k], n, R(0));
+    } else {
+      prior.at(forward, at, n);
+      const R* const grad_kl = spread_rows(static_cast<const R*>(how.grad_kl), units, unit, grad_kls);
+      grads_of_both<form>(grad_z, grad_kl, mean, spread, noise, prior, n, grads);
+      if (how.grads[2] != nullptr || how.grads[3] != nullptr)
+        grads_of_prior<form>(grad_kl, mean, spread, prior, n, grads);
+    }
+    for (int k = 0; k < 4; ++k) stored(out[k], how.grads[k], dtype, at, n);
+  }
+}
+
+// ---- divergence from the log-uniform prior
+
+template <Approximation approximation, class R>
+FN_BODY void log_uniform_units(const LogUniform& how, double* pieces, Index from, Index to) {
+  const Units units(how.shape);
+  alignas(64) R inputs[kChunk], weights[kChunk], outs[kChunk];
+  for (Index u = from; u < to; ++u) {
+    const Unit unit(units, u);
+    const R* const log_alpha = loaded(how.log_alpha, how.dtype, unit.at, unit.n, inputs);
+    if (how.grad == nullptr) {
+#pragma omp simd
+      for (Index i = 0; i < unit.n; ++i) outs[i] = log_uniform_kl<approximation>(log_alpha[i]);
+      sum_rows(outs, units, unit, u, static_cast<R*>(how.kl), pieces);
+      continue;
+    }
+    const R* const weight = spread_rows(static_cast<const R*>(how.grad_kl), units, unit, weights);
+    R* const out = room(how.grad, how.dtype, unit.at, outs);
+#pragma omp simd
+    for (Index i = 0; i < unit.n; ++i) out[i] = weight[i] * log_uniform_slope<approximation>(log_alpha[i]);
+    stored(out, how.grad, how.dtype, unit.at, unit.n);
+  }
+}
+
+// ---- one clone an instruction set
+
+// CALL with R the type that is computed in.
+#define FN_IN_TYPE_OF(DTYPE, ...)  \
+  if ((DTYPE) == Dtype::float64) { \
+    using R = double;              \
+    __VA_ARGS__;                   \
+  } else {                         \
+    using R = float;               \
+    __VA_ARGS__;                   \
+  }
+
+// `which` is a Form or an Approximation.
+template <Simd level, int which>
+struct Jobs {
+  FN_BODY static void run(const ScaledNoise& how, double*, Index from,
+                          Index to){FN_IN_TYPE_OF(how.dtype, scaled_noise<level, R>(how, from, to))} FN_BODY
+      static void run(const Normal& how, double* pieces, Index from, Index to){
+          FN_IN_TYPE_OF(how.dtype, normal_units<level, Form(which), R>(how, pieces, from, to))} FN_BODY
+      static void run(const NormalBackward& how, double*, Index from, Index to){
+          FN_IN_TYPE_OF(how.forward.dtype, normal_backward_units<level, Form(which), R>(how, from, to))} FN_BODY
+      static void run(const LogUniform& how, double* pieces, Index from, Index to) {
+    FN_IN_TYPE_OF(how.dtype, log_uniform_units<Approximation(which), R>(how, pieces, from, to))
+  }
+};
+
+template <int which, class How>
+void run_generic(const How& how, double* pieces, Index from, Index to) {
+  Jobs<Simd::generic, which>::run(how, pieces, from, to);
+}
+template <int which, class How>
+FN_TARGET_AVX2 void run_avx2(const How& how, double* pieces, Index from, Index to) {
+  Jobs<Simd::avx2, which>::run(how, pieces, from, to);
+}
+template <int which, class How>
+FN_TARGET_AVX512 void run_avx512(const How& how, double* pieces, Index from, Index to) {
+  Jobs<Simd::avx512, which>::run(how, pieces, from, to);
+}
+
+// `units` of about kChunk elements each, shared out among threads.
+template <int which, class How>
+void share_out(const How& how, double* pieces, Index units) {
+  constexpr Index kParallel = 16;  // units that are worth a second thread
+  const auto kernel = simd() == Simd::avx512 ? &run_avx512<which, How>
+                      : simd() == Simd::avx2 ? &run_avx2<which, How>
+                                             : &run_generic<which, How>;
+  at::parallel_for(0, units, kParallel, [&](Index from, Index to) { kernel(how, pieces, from, to); });
+}
+
+// The sums of rows that came in pieces.
+void add_pieces(const Units& units, const std::vector<double>& pieces, Dtype dtype, void* sums) {
+  for (Index row = 0; row < units.rows; ++row) {
+    double total = 0;
+    for (Index p = 0; p < units.pieces; ++p) total += pieces[std::size_t(row * units.pieces + p)];
+    if (dtype == Dtype::float64)
+      static_cast<double*>(sums)[row] = total;
+    else
+      static_cast<float*>(sums)[row] = float(total);
+  }
+}
+
+template <int which, class How>
+void share_out_rows(const How& how, Dtype dtype, Rows shape, void* sums) {
+  const Units units(shape);
+  const bool in_pieces = sums != nullptr && units.pieces > 1;
+  std::vector<double> pieces(in_pieces ? std::size_t(units.count()) : 0);
+  share_out<which>(how, pieces.data(), units.count());
+  if (in_pieces) add_pieces(units, pieces, dtype, sums);
+}
+
+template <class How>
+void by_form(Form form, const How& how, Dtype dtype, Rows shape, void* sums) {
+  switch (form) {
+    case Form::std:
+      return share_out_rows<int(Form::std)>(how, dtype, shape, sums);
+    case Form::logvar:
+      return share_out_rows<int(Form::logvar)>(how, dtype, shape, sums);
+    case Form::log_std:
+      return share_out_rows<int(Form::log_std)>(how, dtype, shape, sums);
+    case Form::var:
+      return share_out_rows<int(Form::var)>(how, dtype, shape, sums);
+    case Form::rho:
+      return share_out_rows<int(Form::rho)>(how, dtype, shape, sums);
+  }
+}
+
+void run_scaled_noise(const ScaledNoise& how) { share_out<0>(how, nullptr, (how.numel + kChunk - 1) / kChunk); }
+void run_normal(const Normal& how) { by_form(how.form, how, how.dtype, how.shape, how.kl); }
+void run_normal_backward(const NormalBackward& how) {
+  by_form(how.forward.form, how, how.forward.dtype, how.forward.shape, nullptr);
+}
+void run_log_uniform(const LogUniform& how) {
+  switch (how.approximation) {
+    case Approximation::molchanov:
+      return share_out_rows<int(Approximation::molchanov)>(how, how.dtype, how.shape, how.kl);
+    case Approximation::kingma:
+      return share_out_rows<int(Approximation::kingma)>(how, how.dtype, how.shape, how.kl);
+    case Approximation::ard:
+      return share_out_rows<int(Approximation::ard)>(how, how.dtype, how.shape, how.kl);
+  }
+}
+
+const Kernels kCpu{&run_scaled_noise, &run_normal, &run_normal_backward, &run_log_uniform};
+const Register kRegistered(at::kCPU, kCpu);
+
+}  // namespace
+}  // namespace fastnuggets::sample

@@ -1,0 +1,21 @@
+// The host's side of a call and the kernels of each device.
+#pragma once
+
+#include <c10/core/DeviceType.h>
+
+#include "sample/sample.h"
+
+namespace fastnuggets::sample {
+
+// A device's kernels. sample_cpu.cpp fills in the CPU's.
+struct Kernels {
+  void (*scaled_noise)(const ScaledNoise&);
+  void (*normal)(const Normal&);
+  void (*normal_backward)(const NormalBackward&);
+  void (*log_uniform)(const LogUniform&);  // forward, or backward if `grad` is there
+};
+struct Register {
+  Register(c10::DeviceType device, const Kernels& kernels);
+};
+
+}  // namespace fastnuggets::sample
