@@ -471,7 +471,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], int, bool]:
             raise MemoryError(
                 f"{path}: torch cannot map it; a safetensors file has no such limit ({reason})"
             ) from error
-        raise ValueError(f"{path}: not a checkpoint that can be read ({type(error).__name__}: {reason})") from error
+        # Not torch's whole message: it goes on to advise loading it unsafely.
+        reason = f"{type(error).__name__}: {reason.partition('. ')[0]}"
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from error
     nested = [content[key] for key in _NESTED if key in content] if isinstance(content, Mapping) else []
     for part in (*nested, content):
         tensors = {str(k): v for k, v in part.items() if isinstance(v, Tensor)} if isinstance(part, Mapping) else {}
