@@ -121,8 +121,8 @@ FN_HD float noise_of(std::uint32_t word) {
 // A mask needs 16 bits, so a block of words serves kKeepGroup elements: those with number e, p = e % kKeepGroup and
 // h = p / 16, take half h % 2, the low one first, of word h / 2 of counter 16 (e / kKeepGroup) + p % 16.
 constexpr int kKeepGroup = 2 * kPhiloxBlock;
-FN_HD float keep(std::uint32_t word, int shift, const Parameter& parameter) {
-  return std::int32_t((word >> shift) & 0xFFFFu) < parameter.threshold ? parameter.value : 0.0f;
+FN_HD float keep(std::uint32_t half, const Parameter& parameter) {
+  return std::int32_t(half) < parameter.threshold ? parameter.value : 0.0f;
 }
 
 // ---- normals: the width, its logarithm, and the derivatives of both with respect to what says it

@@ -302,13 +302,17 @@ def _together(**given: Tensor | float) -> list[Tensor]:
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     if not tensors:
         raise TypeError(f"one of {', '.join(given)} must be a tensor")
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
+    first, *others = tensors
+    if len(tensors) == len(given) and all(t.dtype == first.dtype and t.shape == first.shape for t in others):
+        return tensors
+    dtype = first.dtype
+    for t in others:
         dtype = torch.promote_types(dtype, t.dtype)
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    device = tensors[0].device
-    made = [t if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=device) for t in given.values()]
-    return [t.to(dtype).expand(shape) for t in made]
+    made = [
+        t.to(dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=first.device)
+        for t in given.values()
+    ]
+    return list(torch.broadcast_tensors(*made))
 
 
 def _with_prior(
