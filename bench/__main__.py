@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import average, cases, report
+from bench import average, cases, report, sample
 from bench.cases import Contender, Group, Missing
 
 
@@ -30,7 +30,8 @@ def main() -> int:
     threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 
-    every = cases.groups(options.device, options.quick) + average.groups(options.device, options.quick)
+    families = (cases, average, sample)
+    every = [group for family in families for group in family.groups(options.device, options.quick)]
     chosen = [g for g in every if options.only is None or options.only in f"{g.family} {g.name}"]
     complete = sorted({g.family for g in every} - {g.family for g in every if g not in chosen})
     result = report.start(options.device, threads, repeats, options.quick, complete)
