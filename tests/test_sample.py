@@ -25,7 +25,7 @@ def double(*sizes, seed=0, low=-1.0, high=1.0):
 # --- the bits ---------------------------------------------------------------------------------------------------------
 
 # The start of the SHA-256 of the bytes of the first 1000 values of key (11, 22), little-endian float32; dropout is of
-# ones with p = 0.3.
+# ones with p = 0.3. Then, of each form and approximation, samples, divergences and gradients.
 GOLDEN = {
     "normal": "574eb469a8319da1",
     "uniform": "bb1e0db3959b8839",
@@ -36,15 +36,31 @@ GOLDEN = {
     "sign": "edb190cb9417ab56",
     "dropout": "d26e612c1c10e2ad",
     "gain": "718a7b1f503eefd6",
+    "std": "6bfaa97e0a747420",
+    "logvar": "f316f84415e70d47",
+    "log_std": "d69081d206ab4e33",
+    "var": "266447dc8474a41b",
+    "rho": "696de9f1e8774ab8",
+    "molchanov": "f6978127b7be45d9",
+    "kingma": "745df921d329903f",
+    "ard": "84cc817a11adcd51",
 }
 
 PRINT = """
 import hashlib, torch
 from fastnuggets import ops
-from fastnuggets.ops.sample import PLAIN
+from fastnuggets.ops.sample import APPROXIMATIONS, FORMS, PLAIN
 key, ones = torch.tensor([11, 22]), torch.ones(1000)
 made = {kind: ops.noise(kind, [1000], key=key) for kind in PLAIN}
 made["dropout"], made["gain"] = ops.dropout(ones, 0.3, key=key), ops.gaussian_dropout(ones, 0.3, key=key)
+for form in FORMS:
+    inputs = [t.requires_grad_() for t in ((torch.arange(2000) + 100) / 1024).view(2, 1000).unbind(0)]
+    z, kl = ops.rsample_normal_kl(*inputs, form=form, prior_mean=inputs[1], prior_std=inputs[0], key=key)
+    made[form] = torch.cat([z.detach(), kl.detach()[None], *torch.autograd.grad([z.sum(), kl], inputs)])
+for approximation in APPROXIMATIONS:
+    x = (torch.arange(1000) / 128 - 6).requires_grad_()
+    kl = ops.kl_log_uniform(x, approximation=approximation, event_dims=1)
+    made[approximation] = torch.cat([kl.detach()[None], *torch.autograd.grad(kl, x)])
 for name, values in made.items():
     print(name, hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16])
 """
