@@ -118,17 +118,17 @@ FN_BODY void masks(const PhiloxStream& stream, Index at, Index groups, Parameter
   }
 }
 
-constexpr Index kNoiseRoom = kChunk + 2 * kPhiloxBlock;
+constexpr Index kNoiseRoom = kChunk + 2 * kPhiloxBlock;  // a block is begun and one is left unfinished
 
-// The noise of elements [at, at + n), n <= kChunk, somewhere in the buffer of kNoiseRoom. Masks start at a chunk.
+// The noise of the chunk that starts at element `at`.
 template <Simd level>
-FN_BODY const float* noise_of(Kind kind, const PhiloxStream& stream, const Parameter& parameter, Index at, Index n,
-                              float* buffer) {
-  const Index first = at / kPhiloxBlock, blocks = (at + n + kPhiloxBlock - 1) / kPhiloxBlock - first;
+FN_BODY void chunk_of_noise(Kind kind, const PhiloxStream& stream, const Parameter& parameter, Index at, Index n,
+                            float* noise) {
+  const Index first = at / kPhiloxBlock, blocks = (n + kPhiloxBlock - 1) / kPhiloxBlock;
   switch (kind) {
-#define FN_KIND(KIND)                                                          \
-  case Kind::KIND:                                                             \
-    noise_blocks<level, Kind::KIND>(stream, first, blocks, parameter, buffer); \
+#define FN_KIND(KIND)                                                         \
+  case Kind::KIND:                                                            \
+    noise_blocks<level, Kind::KIND>(stream, first, blocks, parameter, noise); \
     break;
     FN_KIND(normal)
     FN_KIND(uniform)
@@ -140,9 +140,16 @@ FN_BODY const float* noise_of(Kind kind, const PhiloxStream& stream, const Param
     FN_KIND(gain)
 #undef FN_KIND
     case Kind::keep:
-      masks<level>(stream, at, (n + kKeepGroup - 1) / kKeepGroup, parameter, buffer);
+      masks<level>(stream, at, (n + kKeepGroup - 1) / kKeepGroup, parameter, noise);
       break;
   }
+}
+
+// The normals of any n <= kChunk elements, somewhere in the buffer of kNoiseRoom.
+template <Simd level>
+FN_BODY const float* normals(const PhiloxStream& stream, Index at, Index n, float* buffer) {
+  const Index first = at / kPhiloxBlock, blocks = (at + n + kPhiloxBlock - 1) / kPhiloxBlock - first;
+  for (Index b = 0; b < blocks; ++b) normal_block<level>(stream, std::uint64_t(first + b), buffer + b * kPhiloxBlock);
   return buffer + at % kPhiloxBlock;
 }
 
@@ -152,11 +159,11 @@ template <Simd level, class R>
 FN_BODY void scaled_noise(const ScaledNoise& how, Index from, Index to) {
   const PhiloxStream stream = stream_of(how.key);
   const Parameter parameter(how.kind, how.parameter);
-  alignas(64) float noises[kNoiseRoom];
+  alignas(64) float noise[kChunk];
   alignas(64) R locs[kChunk], scales[kChunk], outs[kChunk];
   for (Index chunk = from; chunk < to; ++chunk) {
     const Index at = chunk * kChunk, n = std::min(kChunk, how.numel - at);
-    const float* const noise = noise_of<level>(how.kind, stream, parameter, at, n, noises);
+    chunk_of_noise<level>(how.kind, stream, parameter, at, n, noise);
     const R* const scale = loaded(how.scale, how.dtype, at, n, scales);
     R* const out = room(how.out, how.dtype, at, outs);
     const R* const loc = loaded(how.loc, how.dtype, at, n, locs);
@@ -328,7 +335,7 @@ FN_BODY void normal_units(const Normal& how, double* pieces, Index from, Index t
     if (how.z == nullptr) {
       divergence<form>(mean, spread, prior, n, terms);
     } else {
-      const float* const noise = noise_of<level>(Kind::normal, stream, Parameter(Kind::normal, 0), at, n, noises);
+      const float* const noise = normals<level>(stream, at, n, noises);
       if (how.kl == nullptr)
         draw<form>(mean, spread, noise, n, z);
       else
@@ -395,8 +402,7 @@ FN_BODY void normal_backward_units(const NormalBackward& how, Index from, Index 
     const R* const spread = loaded(forward.spread, dtype, at, n, spreads);
     const R* const grad_z = loaded(how.grad_z, dtype, at, n, grad_zs);
     const float* noise = noises;
-    if (forward.key != nullptr)
-      noise = noise_of<level>(Kind::normal, stream, Parameter(Kind::normal, 0), at, n, noises);
+    if (forward.key != nullptr) noise = normals<level>(stream, at, n, noises);
     R* out[4];
     for (int k = 0; k < 4; ++k) out[k] = room(how.grads[k], dtype, at, outs[k]);
     const Grads<R> grads{out[0], out[1], out[2], out[3]};
