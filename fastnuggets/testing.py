@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastnuggets import reference
 from fastnuggets.ops.sample import APPROXIMATIONS, FORMS, KINDS
 from fastnuggets.ops.voxelize import COMBINES, DENSITIES
+from fastnuggets.reference.philox import normal
 
 NAMESPACE = "fastnuggets"
 
@@ -647,7 +648,7 @@ def _reference_sample(
 ) -> tuple[Tensor, ...]:
     made = []
     for i, (m, s, ring) in enumerate(zip(mean, m2, deviations, strict=True)):
-        noise = reference.normal(seed, (step, i), m.numel()).to(m)
+        noise = normal(seed, (step, i), m.numel()).to(m)
         # The elements of a tensor are numbered as they lie in memory.
         noise = noise.as_strided(m.shape, m.stride())
         low_rank = sum(c * row for c, row in zip(columns.to(m), ring, strict=True))

@@ -11,7 +11,6 @@ from fastnuggets.reference.average import (
     weighted_sum,
 )
 from fastnuggets.reference.inverse import fit_atoms
-from fastnuggets.reference.philox import normal, philox, uniform
 from fastnuggets.reference.sample import kl_log_uniform, kl_normal, noise, rsample_normal, scaled_noise
 from fastnuggets.reference.voxelize import atom_relevance, voxelize
 
@@ -24,15 +23,12 @@ __all__ = [
     "kl_log_uniform",
     "kl_normal",
     "noise",
-    "normal",
-    "philox",
     "rsample_normal",
     "scaled_noise",
     "sgd_step",
     "split",
     "stochastic_bfloat16",
     "swag_update",
-    "uniform",
     "voxelize",
     "weighted_sum",
 ]
