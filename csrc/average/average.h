@@ -8,11 +8,10 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "common/storage.h"
 
 namespace fastnuggets::average {
 
-enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, int16 };
 enum class Rounding : int { nearest, stochastic, compensated };
 
 constexpr std::int64_t kBlock = 1024;  // elements; the noise of stochastic rounding comes in groups of 128

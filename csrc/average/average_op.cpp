@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 
 #include "common/op.h"
@@ -14,33 +13,7 @@
 namespace fastnuggets::average {
 namespace {
 
-std::array<const Kernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES>& registry() {
-  static std::array<const Kernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES> found{};
-  return found;
-}
-
-const Kernels& kernels(const Table& table) {
-  const Kernels* found = registry()[std::size_t(table.device().type())];
-  TORCH_CHECK(found != nullptr, "fastnuggets was built without kernels for ", table.device());
-  return *found;
-}
-
-std::optional<Dtype> dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kDouble:
-      return Dtype::float64;
-    case at::kHalf:
-      return Dtype::float16;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kShort:
-      return Dtype::int16;
-    default:
-      return std::nullopt;
-  }
-}
+const Kernels& kernels(const Table& table) { return kernels_on<Kernels>(table.device()); }
 
 bool full_precision(const at::Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble; }
 
@@ -48,7 +21,8 @@ bool full_precision(const at::Tensor& t) { return t.scalar_type() == at::kFloat 
 const char* wrong_type(Kind kind, const at::Tensor& t, const at::Tensor& first) {
   switch (kind) {
     case Kind::number:
-      return at::isFloatingType(t.scalar_type()) && dtype_of(t) ? nullptr : "float32, float64, float16 or bfloat16";
+      return at::isFloatingType(t.scalar_type()) && dtype_of(t.scalar_type()) ? nullptr
+                                                                              : "float32, float64, float16 or bfloat16";
     case Kind::full:
     case Kind::ring:
       return full_precision(t) ? nullptr : "float32 or float64";
@@ -107,8 +81,6 @@ void* address(const at::Tensor& t) { return const_cast<void*>(t.const_data_ptr()
 
 }  // namespace
 
-Register::Register(c10::DeviceType device, const Kernels& kernels) { registry()[std::size_t(device)] = &kernels; }
-
 Table::Table(const char* op, std::vector<Column> columns, at::IntArrayRef streams) {
   const Column& first = columns[0];
   const std::size_t R = first.tensors.size(), C = columns.size();
@@ -156,7 +128,7 @@ void Table::add(const char* op, const Column& column, const Column& first, std::
   if (storages_.empty() || storages_.back().storage.unsafeGetStorageImpl() != t.storage().unsafeGetStorageImpl())
     storages_.push_back({t.storage(), t.storage().data()});
   tensors_.push_back(t);
-  dtypes_.push_back(*dtype_of(t));
+  dtypes_.push_back(*dtype_of(t.scalar_type()));
 }
 
 // Views of one arena share a counter: what raises the last one's raises this one's.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/DeviceType.h>
 
 #include <cstdint>
 #include <optional>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "average/average.h"
+#include "common/kernels.h"
 
 namespace fastnuggets::average {
 
@@ -91,9 +91,6 @@ struct Kernels {
   at::Tensor (*first_nonfinite)(const Table&);
   void (*sgd)(const Table&, const Sgd&);
   void (*adamw)(const Table&, const AdamW&);
-};
-struct Register {
-  Register(c10::DeviceType device, const Kernels& kernels);
 };
 
 // average_update_ of the same tensors again and again.

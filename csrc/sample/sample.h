@@ -7,11 +7,9 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "common/storage.h"
 
 namespace fastnuggets::sample {
-
-enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16 };
 
 // Densities of the noise; the order is that of KINDS in fastnuggets/ops/sample.py.
 enum class Kind : int {

@@ -35,7 +35,7 @@ FN_BODY void convert(Dtype dtype, const void* from, Index at, Index n, R* to) {
       return convert(static_cast<const double*>(from) + at, n, to);
     case Dtype::float16:
       return convert(static_cast<const Half*>(from) + at, n, to);
-    case Dtype::bfloat16:
+    default:
       return convert(static_cast<const BFloat16*>(from) + at, n, to);
   }
 }

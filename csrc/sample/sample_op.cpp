@@ -62,29 +62,12 @@ at::Tensor call_log_uniform_backward(const at::Tensor& grad, const at::Tensor& l
 
 // ---- checks and the structs of sample.h; letters and meanings are there
 
-std::array<const Kernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES>& registry() {
-  static std::array<const Kernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES> found{};
-  return found;
-}
-const Kernels& kernels(const at::Tensor& t) {
-  const Kernels* found = registry()[std::size_t(t.device().type())];
-  TORCH_CHECK(found != nullptr, "fastnuggets was built without kernels for ", t.device());
-  return *found;
-}
+const Kernels& kernels(const at::Tensor& t) { return kernels_on<Kernels>(t.device()); }
 
 Dtype dtype_of(const char* op, const char* name, const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kDouble:
-      return Dtype::float64;
-    case at::kHalf:
-      return Dtype::float16;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", t.scalar_type());
-  }
+  TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()) && fastnuggets::dtype_of(t.scalar_type()), op, ": ", name,
+                   " must be float32, float64, float16 or bfloat16, got ", t.scalar_type());
+  return *fastnuggets::dtype_of(t.scalar_type());
 }
 
 // The type of sums over a tensor's elements.
@@ -476,8 +459,6 @@ at::Tensor log_uniform_autograd(const at::Tensor& log_alpha, std::int64_t approx
 }
 
 }  // namespace
-
-Register::Register(c10::DeviceType device, const Kernels& kernels) { registry()[std::size_t(device)] = &kernels; }
 
 #define FN_SCHEMA_NORMAL \
   "Tensor mean, Tensor spread, Tensor? prior_mean, Tensor? prior_std, Tensor? key, int form, int event_dims"

@@ -1,8 +1,7 @@
 // The host's side of a call and the kernels of each device.
 #pragma once
 
-#include <c10/core/DeviceType.h>
-
+#include "common/kernels.h"
 #include "sample/sample.h"
 
 namespace fastnuggets::sample {
@@ -13,9 +12,6 @@ struct Kernels {
   void (*normal)(const Normal&);
   void (*normal_backward)(const NormalBackward&);
   void (*log_uniform)(const LogUniform&);  // forward, or backward if `grad` is there
-};
-struct Register {
-  Register(c10::DeviceType device, const Kernels& kernels);
 };
 
 }  // namespace fastnuggets::sample
