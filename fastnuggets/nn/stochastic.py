@@ -39,7 +39,8 @@ def sampling(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Inside, whatever draws in ``model`` draws in eval mode too: Monte Carlo predictions.
 
     That is every :class:`Stochastic` module, and torch's own dropout. Batch norms and all else stay in the mode they
-    are in, and so does what :func:`weight_scaling_` has been called on. May be nested.
+    are in, and so does what :func:`weight_scaling_` has been called on. May be nested. torch's fast path of
+    transformers, which calls no layer, is off meanwhile.
 
         model.eval()
         with torch.no_grad(), nn.sampling(model):
@@ -47,18 +48,21 @@ def sampling(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     ours = [m for m in model.modules() if isinstance(m, Stochastic) and m._draws is None]
     theirs = [m for m in model.modules() if isinstance(m, DROPOUTS) and not m.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for m in ours:
             m._draws = True
-        for m in theirs:
-            m.training = True
+        for dropout in theirs:
+            dropout.training = True
         yield model
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m in ours:
             if m._draws:
                 m._draws = None
-        for m in theirs:
-            m.training = False
+        for dropout in theirs:
+            dropout.training = False
 
 
 def weight_scaling_(model: torch.nn.Module) -> torch.nn.Module:
