@@ -2,8 +2,8 @@
 
 A checker turns a sequence into p-values: the probability, under the stated distribution, of something at least as far
 out, on both sides, so that what is too even is caught as well. All must be above LEVEL. Some 650 are asked for, so
-sound noise fails this file for one choice of keys in 1500; no key was chosen. Each checker is also given planted faults,
-and must report them.
+sound noise fails this file for one choice of keys in 1500; no key was chosen. Each checker is also given planted
+faults, and must report them.
 """
 
 import itertools
