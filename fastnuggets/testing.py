@@ -835,18 +835,22 @@ def _normal_samples(device: torch.device, dtype: torch.dtype) -> Samples:
     uniform = _random(6, device, dtype)
     key = _key(device)
 
-    def sample(size: tuple[int, ...], form: str, event_dims: int, wanted: tuple[bool, bool], prior: int) -> Any:
+    def sample(size: tuple[int, ...], form: str, event_dims: int, wanted: tuple[bool, bool, bool], prior: int) -> Any:
         inputs = (uniform(-1, 1, *size), uniform(0.3, 1.5, *size))
         priors = (uniform(-1, 1, *size) if prior > 1 else None, uniform(0.5, 2, *size) if prior else None)
         return (*inputs, *priors, key if wanted[0] else None, FORMS.index(form), event_dims, list(wanted))
 
-    both = (True, True)
-    made = {name: sample(size, "logvar", 1, both, 2) for name, size in _SIZES.items()}
+    every = (True, True, True)
+    made = {name: sample(size, "logvar", 1, every, 2) for name, size in _SIZES.items()}
     for form in FORMS:
-        made[form] = sample((2, 5), form, 2, both, 0)
-    made["elementwise"] = sample((2, 3), "std", 0, both, 1)
-    made["z alone"] = sample((2, 3), "rho", 0, (True, False), 0)
-    made["kl alone"] = sample((2, 3), "var", 1, (False, True), 2)
+        made[form] = sample((2, 5), form, 2, every, 0)
+    made["elementwise"] = sample((2, 3), "std", 0, every, 1)
+    made["z"] = sample((2, 3), "rho", 0, (True, False, False), 0)
+    made["var"] = sample((2, 3), "log_std", 0, (False, True, False), 0)
+    made["kl"] = sample((2, 3), "var", 1, (False, False, True), 2)
+    made["z and var"] = sample((2, 3), "std", 1, (True, True, False), 0)
+    made["z and kl"] = sample((2, 3), "rho", 1, (True, False, True), 0)
+    made["var and kl"] = sample((2, 3), "rho", 1, (False, True, True), 1)
     return made
 
 
@@ -856,10 +860,25 @@ def _normal_backward_samples(device: torch.device, dtype: torch.dtype) -> Sample
     made = {}
     for name, (mean, spread, *rest, event_dims, wanted) in _normal_samples(device, dtype).items():
         grad_z = uniform(-1, 1, *mean.shape) if wanted[0] else None
-        grad_kl = uniform(-1, 1, *mean.shape[: mean.dim() - event_dims]).to(sums) if wanted[1] else None
+        grad_var = uniform(-1, 1, *mean.shape) if wanted[1] else None
+        grad_kl = uniform(-1, 1, *mean.shape[: mean.dim() - event_dims]).to(sums) if wanted[2] else None
         wants = [True, True, rest[0] is not None, rest[1] is not None]
-        made[name] = (grad_z, grad_kl, mean, spread, *rest, event_dims, wants)
+        made[name] = (grad_z, grad_var, grad_kl, mean, spread, *rest, event_dims, wants)
     return made
+
+
+def _gumbel_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(10, device, dtype)
+    # The hard form has the gradient of another function, which no difference can check: tests/test_sample.py.
+    return {name: (uniform(-2, 2, *size), _key(device), 0.7, False) for name, size in _SIZES.items()}
+
+
+def _gumbel_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(11, device, dtype)
+    return {
+        name: (uniform(-1, 1, *logits.shape), logits.softmax(-1), tau)
+        for name, (logits, _, tau, _) in _gumbel_samples(device, dtype).items()
+    }
 
 
 def _log_uniform_samples(device: torch.device, dtype: torch.dtype) -> Samples:
@@ -892,27 +911,32 @@ def _reference_normal(
     form: int,
     event_dims: int,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    z = kl = mean.new_zeros(0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = var = kl = mean.new_zeros(0)
     if wanted[0] and key is not None:
         z = reference.rsample_normal(mean, spread, key, FORMS[form])
     if wanted[1]:
+        var = reference.std_of(spread, FORMS[form]).square()
+    if wanted[2]:
         prior = (0.0 if prior_mean is None else prior_mean, 1.0 if prior_std is None else prior_std)
         kl = reference.kl_normal(mean, spread, FORMS[form], *prior, event_dims)
-    return z, kl
+    return z, var, kl
 
 
-def _reference_normal_backward(grad_z: Tensor | None, grad_kl: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *inputs, key, form, event_dims, wanted = rest
-    leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in inputs]
-    mean, spread, prior_mean, prior_std = leaves
+def _reference_normal_backward(*given: Any) -> tuple[Tensor, ...]:
+    *cotangents, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted = given
+    leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in (mean, spread, prior_mean, prior_std)]
+    m, x, pm, ps = leaves
     with torch.enable_grad():
-        drawn = [grad_z is not None, grad_kl is not None]
-        outputs = _reference_normal(mean, spread, prior_mean, prior_std, key, form, event_dims, drawn)
-        pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_kl), strict=True) if g is not None]
-        given = [leaf for leaf in leaves if leaf is not None]
-        found = iter(_gradients([o for o, _ in pairs], given, [g for _, g in pairs]))
+        outputs = _reference_normal(m, x, pm, ps, key, form, event_dims, [g is not None for g in cotangents])
+        pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
+        inputs = [leaf for leaf in leaves if leaf is not None]
+        found = iter(_gradients([o for o, _ in pairs], inputs, [g for _, g in pairs]))
     return tuple(next(found).detach() if w else mean.new_zeros(0) for w in wanted)
+
+
+def _reference_gumbel_softmax(logits: Tensor, key: Tensor, tau: float, hard: bool) -> Tensor:
+    return reference.gumbel_softmax(logits, key, tau, hard)
 
 
 def _reference_log_uniform_backward(grad: Tensor, log_alpha: Tensor, approximation: int, event_dims: int) -> Tensor:
@@ -967,8 +991,32 @@ register(
         _reference_normal_backward,
         cpu_only=True,
         dtypes=_FLOATING,
-        any_dtype=("grad_z", "grad_kl", *_NORMAL),
+        any_dtype=("grad_z", "grad_var", "grad_kl", *_NORMAL),
         tolerance=_DRAWN,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::gumbel_softmax",
+        _gumbel_samples,
+        _reference_gumbel_softmax,
+        ("logits",),
+        cpu_only=True,
+        dtypes=_FLOATING,
+        any_dtype=("logits",),
+        tolerance=_DRAWN,
+        gradient_tolerance=_DRAWN,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::gumbel_softmax_backward",
+        _gumbel_backward_samples,
+        lambda grad, soft, tau: soft * (grad - (grad * soft).sum(-1, keepdim=True)) / tau,
+        cpu_only=True,
+        dtypes=_FLOATING,
+        any_dtype=("grad", "soft"),
+        tolerance={**_DRAWN, torch.float64: 1e-12},
     )
 )
 register(

@@ -44,6 +44,9 @@ GOLDEN = {
     "molchanov": "f6978127b7be45d9",
     "kingma": "745df921d329903f",
     "ard": "84cc817a11adcd51",
+    "gumbel_softmax_10": "2b09c5ed22c15a0a",
+    "gumbel_softmax_1500": "1eb7ff37497d958f",
+    "variance_kl": "d68dca70236a1b5b",
 }
 
 PRINT = """
@@ -61,7 +64,15 @@ for approximation in APPROXIMATIONS:
     x = (torch.arange(1000) / 128 - 6).requires_grad_()
     kl = ops.kl_log_uniform(x, approximation=approximation, event_dims=1)
     made[approximation] = torch.cat([kl.detach()[None], *torch.autograd.grad(kl, x)])
+for n in 10, 1500:
+    x = (torch.arange(6000) % 37 / 16).view(-1, n).requires_grad_()
+    soft = ops.gumbel_softmax(x, 0.7, key=key)
+    made[f"gumbel_softmax {n}"] = torch.cat([soft.detach(), *torch.autograd.grad(soft.square().sum(), x)])
+mean, rho = ((torch.arange(2000) + 100) / 1024).requires_grad_(), (torch.arange(2000) / 200 - 6).requires_grad_()
+var, kl = ops.variance_kl(mean, rho, form="rho", event_dims=1)
+made["variance_kl"] = torch.cat([var.detach(), kl.detach()[None], *torch.autograd.grad([var.sum(), kl], [mean, rho])])
 for name, values in made.items():
+    name = name.replace(" ", "_")
     print(name, hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16])
 """
 
@@ -385,7 +396,99 @@ def test_half_types_are_rounded_once(dtype):
     assert torch.equal(ops.gumbel_softmax(mean, 0.5, key=KEY), ops.gumbel_softmax(mean.float(), 0.5, key=KEY).to(dtype))
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_logit_of_minus_infinity_is_never_drawn(hard):
+    logits = torch.tensor([0.3, -math.inf, 0.1, -math.inf, 2.0]).expand(1000, 5).clone().requires_grad_()
+    y = ops.gumbel_softmax(logits, 0.5, hard=hard, key=KEY)
+    assert (y[:, [1, 3]] == 0).all()
+    torch.testing.assert_close(y.sum(1), torch.ones(1000), rtol=1e-6, atol=0)
+    (by_logits,) = gradients((y * torch.arange(5.0)).sum(), logits)
+    assert (by_logits[:, [1, 3]] == 0).all()
+    assert by_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_without_a_softmax_is_nan_and_the_others_are_not(bad, hard):
+    logits = torch.zeros(3, 40)
+    logits[1, 17] = bad
+    y = ops.gumbel_softmax(logits, key=KEY, hard=hard)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    assert ops.gumbel_softmax(torch.full((1, 3), -math.inf), key=KEY, hard=hard).isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 1000, 1024, 1025, 5000])
+@pytest.mark.parametrize("hard", [False, True])
+def test_gumbel_softmax_of_rows_of_any_length(n, hard):
+    """The noise is right to 1e-6 absolute, which tau = 1/2 doubles."""
+    logits, weight = double(7, n, high=3), double(7, n, seed=1).detach()
+    ours, theirs = (
+        f(logits, KEY, 0.5, hard)
+        for f in (lambda x, key, tau, hard: ops.gumbel_softmax(x, tau, hard=hard, key=key), reference.gumbel_softmax)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-9)
+    (a,), (b,) = (gradients((y * weight).sum(), logits) for y in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    (c,), (d,) = (
+        gradients(torch.autograd.grad((y * weight).sum(), logits, create_graph=True)[0].square().sum(), logits)
+        for y in (ours, theirs)
+    )
+    torch.testing.assert_close(c, d, rtol=2e-5, atol=1e-6)
+    single = ops.gumbel_softmax(logits.detach().float(), 0.5, hard=hard, key=KEY)
+    torch.testing.assert_close(single.double(), theirs.detach(), rtol=1e-5, atol=1e-7)
+
+
 # --- divergences ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_variance_and_kl_in_one_pass(form):
+    mean, spread = double(5, 33), double(5, 33, seed=1, low=0.3)
+    weight = double(5, 33, seed=2).detach()
+    var, kl = ops.variance_kl(mean, spread, form=form, prior_mean=0.1, prior_std=0.7, event_dims=2)
+    expected = reference.std_of(spread, form) ** 2, reference.kl_normal(mean, spread, form, 0.1, 0.7, 2)
+    torch.testing.assert_close((var, kl), expected, rtol=1e-12, atol=1e-12)
+    ours = gradients((var * weight).sum() + 3 * kl, (mean, spread))
+    theirs = gradients((expected[0] * weight).sum() + 3 * expected[1], (mean, spread))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    assert torch.equal(kl, ops.kl_normal(mean, spread, form=form, prior_mean=0.1, prior_std=0.7, event_dims=2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_mixture_prior_is_torch_distributions(form):
+    d = torch.distributions
+    mean, spread = double(40), double(40, seed=1, low=0.3)
+    std = reference.std_of(spread, form)
+    z = ops.rsample_normal(mean, spread, form=form, key=KEY)
+    prior = d.MixtureSameFamily(
+        d.Categorical(torch.tensor([0.25, 0.75], dtype=torch.float64)),
+        d.Normal(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)),
+    )
+    expected = (d.Normal(mean, std).log_prob(z) - prior.log_prob(z)).sum()
+    found = ops.kl_mixture(z, mean, spread, form=form, weights=(0.25, 0.75), stds=(1.0, 0.01), event_dims=1)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        gradients(found, (mean, spread)), gradients(expected, (mean, spread)), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_mixture_prior_of_one_component_has_the_closed_form_as_its_mean():
+    n = 2**20
+    mean, std = torch.tensor(0.4), torch.tensor(0.3)
+    z = ops.rsample_normal(mean.expand(n), std, key=KEY)
+    terms = ops.kl_mixture(z, mean, std, weights=(1.0,), stds=(0.7,)).double()
+    assert abs(terms.mean() - ops.kl_normal(mean, std, prior_std=0.7)) < 4 * terms.std() / n**0.5
+
+
+def test_far_from_every_component_the_mixture_is_exact():
+    """A peer adds 1e-6 inside the logarithm: -43 for three weights 20 deviations out, where -596 is right."""
+    z = torch.full((3,), 20.0, requires_grad=True)
+    kl = ops.kl_mixture(z, torch.zeros(3), torch.ones(3), weights=(0.5, 0.5), stds=(1.0, 0.5), event_dims=1)
+    expected = 3 * (-math.log(0.5) + 0.0)  # q and the wide component cancel but for its weight
+    assert abs(kl.item() - expected) < 1e-4
+    wide = ops.kl_mixture(z, z.detach(), torch.ones(3), weights=(0.5, 0.5), stds=(1.0, 0.5), event_dims=1)
+    assert abs(wide.item() - (3 * (math.log(2.0) + 200.0))) < 1e-3
 
 
 def test_kl_equals_torch_distributions():
@@ -469,6 +572,13 @@ def test_where_keys_come_from():
 
 X = torch.ones(3)
 BAD = [
+    (lambda: ops.gumbel_softmax(X, math.inf), ValueError, "tau must be above 0"),
+    (lambda: ops.gumbel_softmax(X[0], 1.0), ValueError, "must have an axis"),
+    (lambda: ops.variance_kl(X, X, form="sigma"), ValueError, "form must be one of"),
+    (lambda: ops.variance_kl(X, X, event_dims=2), ValueError, "event_dims must be in"),
+    (lambda: ops.kl_mixture(X, X, X, stds=(1.0,)), ValueError, "must be of one length"),
+    (lambda: ops.kl_mixture(X, X, X, weights=(0.5, 0.6)), ValueError, "sum to 1"),
+    (lambda: ops.kl_mixture(X, X, X, stds=(1.0, 0.0)), ValueError, "stds must be above 0"),
     (lambda: ops.noise("cauchy", [3]), ValueError, "kind must be one of"),
     (lambda: ops.rsample("keep", X, X), ValueError, "kind must be one of"),
     (lambda: ops.rsample("normal", 0.0, 1.0), TypeError, "must be a tensor"),

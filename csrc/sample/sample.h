@@ -65,7 +65,8 @@ struct Rows {
   std::int64_t rows, n;
 };
 
-// z = mean + std noise, and the divergence KL(N(mean, std^2) || N(prior_mean, prior_std^2)) summed over each row.
+// z = mean + std noise, var = std^2, and the divergence KL(N(mean, std^2) || N(prior_mean, prior_std^2)) summed over
+// each row.
 // Sums are of the type that is computed in: double for float64, else float.
 struct Normal {
   Operand mean, spread, prior_mean, prior_std;
@@ -74,14 +75,36 @@ struct Normal {
   Form form;
   const std::int64_t* key;  // [2]; null if there is no z
   void* z;                  // [rows, n] or null
+  void* var;                // [rows, n] or null
   void* kl;                 // [rows] or null
 };
 
 struct NormalBackward {
-  Normal forward;       // its z and kl are null
+  Normal forward;       // its z, var and kl are null
   Operand grad_z;       // [rows, n]; 0 where it is absent, and then `key` is null
+  Operand grad_var;     // [rows, n]; 0 where it is absent
   const void* grad_kl;  // [rows] or null
   void* grads[4];       // [rows, n] each, of mean, spread, prior_mean, prior_std; null if it is not wanted
+};
+
+// Over each row: soft = softmax((logits + gumbel) / tau); `hard` is 1 at the largest and 0 elsewhere.
+struct GumbelSoftmax {
+  Operand logits;
+  Dtype dtype;
+  Rows shape;
+  double tau;
+  const std::int64_t* key;  // [2]
+  bool hard;
+  void* out;  // [rows, n]
+};
+
+// grad_logits = soft (grad - sum(grad soft)) / tau, sums over each row.
+struct GumbelSoftmaxBackward {
+  Operand grad, soft;
+  Dtype dtype;
+  Rows shape;
+  double tau;
+  void* out;  // [rows, n]
 };
 
 // The divergence of N(m, alpha m^2) from the log-uniform prior, summed over each row.

@@ -175,17 +175,19 @@ FN_BODY void scaled_noise(const ScaledNoise& how, Index from, Index to) {
 
 // ---- rows: sums over each in a fixed order
 
-// Units of work: several rows of up to kChunk elements in all, or a piece of kChunk elements of a longer row.
+// Units of work: several rows of up to kChunk elements in all, or a piece of kChunk elements of a longer row, which may
+// be asked for whole.
 struct Units {
   Index rows, n;
   Index together;  // rows of a unit
   Index pieces;    // of a row
 
-  FN_BODY explicit Units(Rows shape)
+  FN_BODY explicit Units(Rows shape, bool whole = false)
       : rows(shape.rows),
         n(shape.n),
         together(n == 0 ? kChunk : std::max<Index>(1, kChunk / n)),
-        pieces(std::max<Index>(1, (n + kChunk - 1) / kChunk)) {}
+        pieces(whole ? 1 : std::max<Index>(1, (n + kChunk - 1) / kChunk)) {}
+  FN_BODY Index most() const { return std::max(kChunk, pieces > 1 ? kChunk : n); }  // elements of a unit
   FN_BODY Index count() const { return pieces > 1 ? rows * pieces : (rows + together - 1) / together; }
 };
 
@@ -296,24 +298,28 @@ FN_BODY void draw(const R* mean, const R* spread, const float* noise, Index n, R
 }
 
 template <Form form, class R>
-FN_BODY void divergence(const R* mean, const R* spread, const Priors<R>& prior, Index n, R* term) {
-  const R *const prior_mean = prior.mean, *const inverse = prior.inverses, *const log = prior.logs;
+FN_BODY void square(const R* spread, Index n, R* var) {
 #pragma omp simd
   for (Index i = 0; i < n; ++i) {
-    const Spread<R> s = spread_of<form>(spread[i]);
-    term[i] = normal_kl(mean[i], s.std, s.log, prior_mean[i], inverse[i], log[i]);
+    const R std = spread_of<form>(spread[i]).std;
+    var[i] = product(std, std);
   }
 }
 
-// Both in one loop: the width is worked out once.
-template <Form form, class R>
-FN_BODY void draw_and_divergence(const R* mean, const R* spread, const float* noise, const Priors<R>& prior, Index n,
-                                 R* z, R* term) {
+// The outputs of one loop: the width is worked out once.
+struct Wanted {
+  bool z, var;
+};
+
+template <Form form, Wanted wanted, class R>
+FN_BODY void divergence(const R* mean, const R* spread, const float* noise, const Priors<R>& prior, Index n, R* z,
+                        R* var, R* term) {
   const R *const prior_mean = prior.mean, *const inverse = prior.inverses, *const log = prior.logs;
 #pragma omp simd
   for (Index i = 0; i < n; ++i) {
     const Spread<R> s = spread_of<form>(spread[i]);
-    z[i] = fused(s.std, R(noise[i]), mean[i]);
+    if constexpr (wanted.z) z[i] = fused(s.std, R(noise[i]), mean[i]);
+    if constexpr (wanted.var) var[i] = product(s.std, s.std);
     term[i] = normal_kl(mean[i], s.std, s.log, prior_mean[i], inverse[i], log[i]);
   }
 }
@@ -323,26 +329,32 @@ FN_BODY void normal_units(const Normal& how, double* pieces, Index from, Index t
   const Units units(how.shape);
   const PhiloxStream stream = how.key == nullptr ? PhiloxStream{} : stream_of(how.key);
   alignas(64) float noises[kNoiseRoom];
-  alignas(64) R means[kChunk], spreads[kChunk], zs[kChunk], terms[kChunk];
+  alignas(64) R means[kChunk], spreads[kChunk], zs[kChunk], vars[kChunk], terms[kChunk];
   Priors<R> prior(how);
   for (Index u = from; u < to; ++u) {
     const Unit unit(units, u);
     const Index at = unit.at, n = unit.n;
     const R* const mean = loaded(how.mean, how.dtype, at, n, means);
     const R* const spread = loaded(how.spread, how.dtype, at, n, spreads);
-    if (how.kl != nullptr) prior.at(how, at, n);
-    R* const z = room(how.z, how.dtype, at, zs);
-    if (how.z == nullptr) {
-      divergence<form>(mean, spread, prior, n, terms);
+    const float* const noise = how.z == nullptr ? nullptr : normals<level>(stream, at, n, noises);
+    R *const z = room(how.z, how.dtype, at, zs), *const var = room(how.var, how.dtype, at, vars);
+    if (how.kl == nullptr) {
+      if (how.z != nullptr) draw<form>(mean, spread, noise, n, z);
+      if (how.var != nullptr) square<form>(spread, n, var);
     } else {
-      const float* const noise = normals<level>(stream, at, n, noises);
-      if (how.kl == nullptr)
-        draw<form>(mean, spread, noise, n, z);
+      prior.at(how, at, n);
+      if (how.z != nullptr && how.var != nullptr)
+        divergence<form, Wanted{true, true}>(mean, spread, noise, prior, n, z, var, terms);
+      else if (how.z != nullptr)
+        divergence<form, Wanted{true, false}>(mean, spread, noise, prior, n, z, var, terms);
+      else if (how.var != nullptr)
+        divergence<form, Wanted{false, true}>(mean, spread, noise, prior, n, z, var, terms);
       else
-        draw_and_divergence<form>(mean, spread, noise, prior, n, z, terms);
-      stored(z, how.z, how.dtype, at, n);
+        divergence<form, Wanted{false, false}>(mean, spread, noise, prior, n, z, var, terms);
+      sum_rows(terms, units, unit, u, static_cast<R*>(how.kl), pieces);
     }
-    if (how.kl != nullptr) sum_rows(terms, units, unit, u, static_cast<R*>(how.kl), pieces);
+    stored(z, how.z, how.dtype, at, n);
+    stored(var, how.var, how.dtype, at, n);
   }
 }
 
@@ -351,15 +363,23 @@ struct Grads {
   R *mean, *spread, *prior_mean, *prior_std;
 };
 
-template <Form form, class R>
-FN_BODY void grads_of_z(const R* grad_z, const R* spread, const float* noise, Index n, R* by_spread) {
+// Without a divergence.
+template <Form form, Wanted wanted, class R>
+FN_BODY void grads_of_outputs(const R* grad_z, const R* grad_var, const R* spread, const float* noise, Index n,
+                              R* by_spread) {
 #pragma omp simd
-  for (Index i = 0; i < n; ++i) by_spread[i] = grad_z[i] * R(noise[i]) * spread_of<form>(spread[i]).std_slope;
+  for (Index i = 0; i < n; ++i) {
+    const Spread<R> s = spread_of<form>(spread[i]);
+    R by_std = R(0);
+    if constexpr (wanted.z) by_std = product(grad_z[i], R(noise[i]));
+    if constexpr (wanted.var) by_std = fused(R(2) * grad_var[i], s.std, by_std);
+    by_spread[i] = by_std * s.std_slope;
+  }
 }
 
-template <Form form, class R>
-FN_BODY void grads_of_both(const R* grad_z, const R* grad_kl, const R* mean, const R* spread, const float* noise,
-                           const Priors<R>& prior, Index n, const Grads<R>& to) {
+template <Form form, Wanted wanted, class R>
+FN_BODY void grads_of_all(const R* grad_z, const R* grad_var, const R* grad_kl, const R* mean, const R* spread,
+                          const float* noise, const Priors<R>& prior, Index n, const Grads<R>& to) {
   const R *const prior_mean = prior.mean, *const inverse = prior.inverses;
   R *const by_mean = to.mean, *const by_spread = to.spread;
 #pragma omp simd
@@ -367,8 +387,11 @@ FN_BODY void grads_of_both(const R* grad_z, const R* grad_kl, const R* mean, con
     const Spread<R> s = spread_of<form>(spread[i]);
     const R q = s.std * inverse[i], d = (mean[i] - prior_mean[i]) * inverse[i];
     const R weight = grad_kl[i] * inverse[i];
-    by_mean[i] = fused(weight, d, grad_z[i]);
-    by_spread[i] = fused(fused(weight, q, product(grad_z[i], R(noise[i]))), s.std_slope, -(grad_kl[i] * s.log_slope));
+    R by_std = R(0);
+    if constexpr (wanted.z) by_std = product(grad_z[i], R(noise[i]));
+    if constexpr (wanted.var) by_std = fused(R(2) * grad_var[i], s.std, by_std);
+    by_mean[i] = fused(weight, d, wanted.z ? grad_z[i] : R(0));
+    by_spread[i] = fused(fused(weight, q, by_std), s.std_slope, -(grad_kl[i] * s.log_slope));
   }
 }
 
@@ -386,39 +409,148 @@ FN_BODY void grads_of_prior(const R* grad_kl, const R* mean, const R* spread, co
   }
 }
 
-template <Simd level, Form form, class R>
+template <Simd level, Form form, Wanted wanted, class R>
 FN_BODY void normal_backward_units(const NormalBackward& how, Index from, Index to) {
   const Normal& forward = how.forward;
   const Dtype dtype = forward.dtype;
   const Units units(forward.shape);
-  const PhiloxStream stream = forward.key == nullptr ? PhiloxStream{} : stream_of(forward.key);
-  alignas(64) float noises[kNoiseRoom] = {};
-  alignas(64) R means[kChunk], spreads[kChunk], grad_zs[kChunk], grad_kls[kChunk], outs[4][kChunk];
+  const PhiloxStream stream = wanted.z ? stream_of(forward.key) : PhiloxStream{};
+  alignas(64) float noises[kNoiseRoom];
+  alignas(64) R means[kChunk], spreads[kChunk], grad_zs[kChunk], grad_vars[kChunk], grad_kls[kChunk], outs[4][kChunk];
   Priors<R> prior(forward);
   for (Index u = from; u < to; ++u) {
     const Unit unit(units, u);
     const Index at = unit.at, n = unit.n;
     const R* const mean = loaded(forward.mean, dtype, at, n, means);
     const R* const spread = loaded(forward.spread, dtype, at, n, spreads);
-    const R* const grad_z = loaded(how.grad_z, dtype, at, n, grad_zs);
-    const float* noise = noises;
-    if (forward.key != nullptr) noise = normals<level>(stream, at, n, noises);
+    const R* const grad_z = wanted.z ? loaded(how.grad_z, dtype, at, n, grad_zs) : nullptr;
+    const R* const grad_var = wanted.var ? loaded(how.grad_var, dtype, at, n, grad_vars) : nullptr;
+    const float* const noise = wanted.z ? normals<level>(stream, at, n, noises) : nullptr;
     R* out[4];
     for (int k = 0; k < 4; ++k) out[k] = room(how.grads[k], dtype, at, outs[k]);
     const Grads<R> grads{out[0], out[1], out[2], out[3]};
     if (how.grad_kl == nullptr) {
-      grads_of_z<form>(grad_z, spread, noise, n, grads.spread);
-      if (how.grads[0] != nullptr) std::copy_n(grad_z, n, grads.mean);
-      for (int k = 2; k < 4; ++k)
+      grads_of_outputs<form, wanted>(grad_z, grad_var, spread, noise, n, grads.spread);
+      if (wanted.z && how.grads[0] != nullptr) std::copy_n(grad_z, n, grads.mean);
+      for (int k = wanted.z ? 2 : 0; k < 4; k += k == 0 ? 2 : 1)
         if (how.grads[k] != nullptr) std::fill_n(out[k], n, R(0));
     } else {
       prior.at(forward, at, n);
       const R* const grad_kl = spread_rows(static_cast<const R*>(how.grad_kl), units, unit, grad_kls);
-      grads_of_both<form>(grad_z, grad_kl, mean, spread, noise, prior, n, grads);
+      grads_of_all<form, wanted>(grad_z, grad_var, grad_kl, mean, spread, noise, prior, n, grads);
       if (how.grads[2] != nullptr || how.grads[3] != nullptr)
         grads_of_prior<form>(grad_kl, mean, spread, prior, n, grads);
     }
     for (int k = 0; k < 4; ++k) stored(out[k], how.grads[k], dtype, at, n);
+  }
+}
+
+template <Simd level, Form form, class R>
+FN_BODY void normal_backward_units(const NormalBackward& how, Index from, Index to) {
+  const bool var = how.grad_var.data != nullptr;
+  if (how.forward.key == nullptr)
+    var ? normal_backward_units<level, form, Wanted{false, true}, R>(how, from, to)
+        : normal_backward_units<level, form, Wanted{false, false}, R>(how, from, to);
+  else
+    var ? normal_backward_units<level, form, Wanted{true, true}, R>(how, from, to)
+        : normal_backward_units<level, form, Wanted{true, false}, R>(how, from, to);
+}
+
+// ---- softmax of noisy logits: a thread takes whole rows
+
+// Elements [0, n) of the stream from `at` on, added to the logits and divided by tau.
+template <Simd level, class R>
+FN_BODY void noisy_logits(const GumbelSoftmax& how, const PhiloxStream& stream, Index at, Index n, R* y) {
+  alignas(64) float noises[kNoiseRoom];
+  alignas(64) R logits[kChunk];
+  const R inverse_tau = R(1) / R(how.tau);
+  const Parameter none(Kind::gumbel, 0);
+  for (Index c = 0; c < n; c += kChunk) {
+    const Index some = std::min(kChunk, n - c), start = at + c, skipped = start % kPhiloxBlock;
+    chunk_of_noise<level>(Kind::gumbel, stream, none, start - skipped, some + skipped, noises);
+    const R* const logit = loaded(how.logits, how.dtype, start, some, logits);
+    const float* const noise = noises + skipped;
+    R* const to = y + c;
+#pragma omp simd
+    for (Index i = 0; i < some; ++i) to[i] = product(logit[i] + R(noise[i]), inverse_tau);
+  }
+}
+
+template <class R>
+FN_BODY R largest(const R* y, Index n) {
+  R most = y[0];
+#pragma omp simd reduction(max : most)
+  for (Index i = 0; i < n; ++i) most = y[i] > most ? y[i] : most;
+  return most;
+}
+
+// A row's sum: of pieces of kChunk, in double, if it is longer than one.
+template <class R>
+FN_BODY R sum_row(const R* x, Index n) {
+  if (n <= kChunk) return sum(x, n);
+  double total = 0;
+  for (Index at = 0; at < n; at += kChunk) total += double(sum(x + at, std::min(kChunk, n - at)));
+  return R(total);
+}
+
+template <class R>
+FN_BODY void soft_row(R* y, Index n) {
+  const R most = largest(y, n);
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) y[i] = exp_(y[i] - most);
+  const R inverse = R(1) / sum_row(y, n);
+#pragma omp simd
+  for (Index i = 0; i < n; ++i) y[i] = y[i] * inverse;
+}
+
+// Where the softmax is NaN - of a NaN, or of an infinite largest - so is this.
+template <class R>
+FN_BODY void hard_row(R* y, Index n) {
+  const R most = largest(y, n);
+  R unlike = most - most;
+#pragma omp simd reduction(+ : unlike)
+  for (Index i = 0; i < n; ++i) unlike += y[i] == y[i] ? R(0) : R(1);
+  const Index chosen = std::find(y, y + n, most) - y;
+  std::fill_n(y, n, unlike == R(0) ? R(0) : R(NAN));
+  if (unlike == R(0)) y[chosen] = R(1);
+}
+
+template <Simd level, class R>
+FN_BODY void gumbel_softmax_units(const GumbelSoftmax& how, Index from, Index to) {
+  const Units units(how.shape, true);
+  const PhiloxStream stream = stream_of(how.key);
+  const Index n = how.shape.n;
+  std::vector<R> buffer(std::size_t(units.most()));
+  for (Index u = from; u < to; ++u) {
+    const Unit unit(units, u);
+    R* const y = room(how.out, how.dtype, unit.at, buffer.data());
+    noisy_logits<level>(how, stream, unit.at, unit.n, y);
+    for (Index r = 0; r < unit.rows; ++r) how.hard ? hard_row(y + r * n, n) : soft_row(y + r * n, n);
+    stored(y, how.out, how.dtype, unit.at, unit.n);
+  }
+}
+
+template <class R>
+FN_BODY void gumbel_softmax_backward_units(const GumbelSoftmaxBackward& how, Index from, Index to) {
+  const Units units(how.shape, true);
+  const Index n = how.shape.n, most = units.most();
+  const R inverse_tau = R(1) / R(how.tau);
+  std::vector<R> buffer(std::size_t(4 * most));
+  R *const grads = buffer.data(), *const softs = grads + most, *const terms = softs + most, *const outs = terms + most;
+  for (Index u = from; u < to; ++u) {
+    const Unit unit(units, u);
+    const R* const grad = loaded(how.grad, how.dtype, unit.at, unit.n, grads);
+    const R* const soft = loaded(how.soft, how.dtype, unit.at, unit.n, softs);
+    R* const out = room(how.out, how.dtype, unit.at, outs);
+#pragma omp simd
+    for (Index i = 0; i < unit.n; ++i) terms[i] = grad[i] * soft[i];
+    for (Index r = 0; r < unit.rows; ++r) {
+      const Index at = r * n;
+      const R dot = sum_row(terms + at, n);
+#pragma omp simd
+      for (Index i = at; i < at + n; ++i) out[i] = soft[i] * (grad[i] - dot) * inverse_tau;
+    }
+    stored(out, how.out, how.dtype, unit.at, unit.n);
   }
 }
 
@@ -447,51 +579,55 @@ FN_BODY void log_uniform_units(const LogUniform& how, double* pieces, Index from
 
 // ---- one clone an instruction set
 
-// CALL with R the type that is computed in.
-#define FN_IN_TYPE_OF(DTYPE, ...)  \
-  if ((DTYPE) == Dtype::float64) { \
-    using R = double;              \
-    __VA_ARGS__;                   \
-  } else {                         \
-    using R = float;               \
-    __VA_ARGS__;                   \
-  }
-
 // `which` is a Form or an Approximation.
-template <Simd level, int which>
+template <Simd level, int which, class R>
 struct Jobs {
-  FN_BODY static void run(const ScaledNoise& how, double*, Index from,
-                          Index to){FN_IN_TYPE_OF(how.dtype, scaled_noise<level, R>(how, from, to))} FN_BODY
-      static void run(const Normal& how, double* pieces, Index from, Index to){
-          FN_IN_TYPE_OF(how.dtype, normal_units<level, Form(which), R>(how, pieces, from, to))} FN_BODY
-      static void run(const NormalBackward& how, double*, Index from, Index to){
-          FN_IN_TYPE_OF(how.forward.dtype, normal_backward_units<level, Form(which), R>(how, from, to))} FN_BODY
-      static void run(const LogUniform& how, double* pieces, Index from, Index to) {
-    FN_IN_TYPE_OF(how.dtype, log_uniform_units<Approximation(which), R>(how, pieces, from, to))
+  FN_BODY static void run(const ScaledNoise& how, double*, Index from, Index to) {
+    scaled_noise<level, R>(how, from, to);
+  }
+  FN_BODY static void run(const Normal& how, double* pieces, Index from, Index to) {
+    normal_units<level, Form(which), R>(how, pieces, from, to);
+  }
+  FN_BODY static void run(const NormalBackward& how, double*, Index from, Index to) {
+    normal_backward_units<level, Form(which), R>(how, from, to);
+  }
+  FN_BODY static void run(const GumbelSoftmax& how, double*, Index from, Index to) {
+    gumbel_softmax_units<level, R>(how, from, to);
+  }
+  FN_BODY static void run(const GumbelSoftmaxBackward& how, double*, Index from, Index to) {
+    gumbel_softmax_backward_units<R>(how, from, to);
+  }
+  FN_BODY static void run(const LogUniform& how, double* pieces, Index from, Index to) {
+    log_uniform_units<Approximation(which), R>(how, pieces, from, to);
   }
 };
 
-template <int which, class How>
+template <int which, class R, class How>
 void run_generic(const How& how, double* pieces, Index from, Index to) {
-  Jobs<Simd::generic, which>::run(how, pieces, from, to);
+  Jobs<Simd::generic, which, R>::run(how, pieces, from, to);
 }
-template <int which, class How>
+template <int which, class R, class How>
 FN_TARGET_AVX2 void run_avx2(const How& how, double* pieces, Index from, Index to) {
-  Jobs<Simd::avx2, which>::run(how, pieces, from, to);
+  Jobs<Simd::avx2, which, R>::run(how, pieces, from, to);
 }
-template <int which, class How>
+template <int which, class R, class How>
 FN_TARGET_AVX512 void run_avx512(const How& how, double* pieces, Index from, Index to) {
-  Jobs<Simd::avx512, which>::run(how, pieces, from, to);
+  Jobs<Simd::avx512, which, R>::run(how, pieces, from, to);
+}
+template <int which, class R, class How>
+auto clone() {
+  return simd() == Simd::avx512 ? &run_avx512<which, R, How>
+         : simd() == Simd::avx2 ? &run_avx2<which, R, How>
+                                : &run_generic<which, R, How>;
 }
 
-// `units` of about kChunk elements each, shared out among threads.
+// Shares out units of at least kChunk elements among threads.
 template <int which, class How>
-void share_out(const How& how, double* pieces, Index units) {
-  constexpr Index kParallel = 16;  // units that are worth a second thread
-  const auto kernel = simd() == Simd::avx512 ? &run_avx512<which, How>
-                      : simd() == Simd::avx2 ? &run_avx2<which, How>
-                                             : &run_generic<which, How>;
-  at::parallel_for(0, units, kParallel, [&](Index from, Index to) { kernel(how, pieces, from, to); });
+void share_out(const How& how, Dtype dtype, double* pieces, Index units, Index size = kChunk) {
+  constexpr Index kParallel = 16 * kChunk;  // elements that are worth a second thread
+  const auto kernel = dtype == Dtype::float64 ? clone<which, double, How>() : clone<which, float, How>();
+  at::parallel_for(0, units, std::max<Index>(1, kParallel / size),
+                   [&](Index from, Index to) { kernel(how, pieces, from, to); });
 }
 
 // The sums of rows that came in pieces.
@@ -511,7 +647,7 @@ void share_out_rows(const How& how, Dtype dtype, Rows shape, void* sums) {
   const Units units(shape);
   const bool in_pieces = sums != nullptr && units.pieces > 1;
   std::vector<double> pieces(in_pieces ? std::size_t(units.count()) : 0);
-  share_out<which>(how, pieces.data(), units.count());
+  share_out<which>(how, dtype, pieces.data(), units.count());
   if (in_pieces) add_pieces(units, pieces, dtype, sums);
 }
 
@@ -531,10 +667,17 @@ void by_form(Form form, const How& how, Dtype dtype, Rows shape, void* sums) {
   }
 }
 
-void run_scaled_noise(const ScaledNoise& how) { share_out<0>(how, nullptr, (how.numel + kChunk - 1) / kChunk); }
+void run_scaled_noise(const ScaledNoise& how) {
+  share_out<0>(how, how.dtype, nullptr, (how.numel + kChunk - 1) / kChunk);
+}
 void run_normal(const Normal& how) { by_form(how.form, how, how.dtype, how.shape, how.kl); }
 void run_normal_backward(const NormalBackward& how) {
   by_form(how.forward.form, how, how.forward.dtype, how.forward.shape, nullptr);
+}
+template <class How>
+void run_rows(const How& how) {
+  const Units units(how.shape, true);
+  if (how.shape.n > 0) share_out<0>(how, how.dtype, nullptr, units.count(), units.most());
 }
 void run_log_uniform(const LogUniform& how) {
   switch (how.approximation) {
@@ -547,7 +690,9 @@ void run_log_uniform(const LogUniform& how) {
   }
 }
 
-const Kernels kCpu{&run_scaled_noise, &run_normal, &run_normal_backward, &run_log_uniform};
+const Kernels kCpu{
+    &run_scaled_noise, &run_normal, &run_normal_backward, &run_rows<GumbelSoftmax>, &run_rows<GumbelSoftmaxBackward>,
+    &run_log_uniform};
 const Register kRegistered(at::kCPU, kCpu);
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/where.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -23,7 +24,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
-using Two = std::tuple<at::Tensor, at::Tensor>;
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 #define FN_NOISE const at::Tensor &key, std::int64_t kind, double parameter
@@ -41,14 +42,14 @@ void call_fill_noise_(at::Tensor& out, double loc, double scale, FN_NOISE) {
   static const auto op = typed<decltype(call_fill_noise_)>("fastnuggets::fill_noise_");
   op.call(out, loc, scale, key, kind, parameter);
 }
-Two call_rsample_normal(FN_NORMAL, std::array<bool, 2> wanted) {
+Three call_rsample_normal(FN_NORMAL, std::array<bool, 3> wanted) {
   static const auto op = typed<decltype(call_rsample_normal)>("fastnuggets::rsample_normal");
   return op.call(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
 }
-Four call_normal_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, FN_NORMAL,
-                          std::array<bool, 4> wanted) {
+Four call_normal_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_var, const OptionalTensor& grad_kl,
+                          FN_NORMAL, std::array<bool, 4> wanted) {
   static const auto op = typed<decltype(call_normal_backward)>("fastnuggets::rsample_normal_backward");
-  return op.call(grad_z, grad_kl, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
+  return op.call(grad_z, grad_var, grad_kl, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
 }
 at::Tensor call_log_uniform(const at::Tensor& log_alpha, std::int64_t approximation, std::int64_t event_dims) {
   static const auto op = typed<decltype(call_log_uniform)>("fastnuggets::kl_log_uniform");
@@ -58,6 +59,15 @@ at::Tensor call_log_uniform_backward(const at::Tensor& grad, const at::Tensor& l
                                      std::int64_t event_dims) {
   static const auto op = typed<decltype(call_log_uniform_backward)>("fastnuggets::kl_log_uniform_backward");
   return op.call(grad, log_alpha, approximation, event_dims);
+}
+
+at::Tensor call_gumbel_softmax(const at::Tensor& logits, const at::Tensor& key, double tau, bool hard) {
+  static const auto op = typed<decltype(call_gumbel_softmax)>("fastnuggets::gumbel_softmax");
+  return op.call(logits, key, tau, hard);
+}
+at::Tensor call_gumbel_softmax_backward(const at::Tensor& grad, const at::Tensor& soft, double tau) {
+  static const auto op = typed<decltype(call_gumbel_softmax_backward)>("fastnuggets::gumbel_softmax_backward");
+  return op.call(grad, soft, tau);
 }
 
 // ---- checks and the structs of sample.h; letters and meanings are there
@@ -83,9 +93,11 @@ void check_like(const char* op, const char* name, const at::Tensor& t, const at:
                     ", got ", t.device());
 }
 
-// Tensors as the kernels read them, kept alive: dense, or one element for all.
+// Tensors as the kernels read them, kept alive: dense, or one element for all. Their device is the current one.
 class Held {
  public:
+  explicit Held(const at::Tensor& first) : device_(first.device()) {}
+
   Operand operand(const at::Tensor& t) {
     bool constant = t.numel() > 0;
     for (std::int64_t i = 0; i < t.dim(); ++i) constant = constant && (t.size(i) == 1 || t.stride(i) == 0);
@@ -108,6 +120,7 @@ class Held {
   }
 
  private:
+  c10::DeviceGuard device_;
   std::array<at::Tensor, 8> tensors_;
   std::size_t count_ = 0;
 };
@@ -148,7 +161,7 @@ at::Tensor scaled_noise(const OptionalTensor& loc, const at::Tensor& scale, FN_N
   const Dtype dtype = dtype_of(kOp, "scale", scale);
   if (loc.has_value()) check_like(kOp, "loc", *loc, scale, "scale");
   const Kind which = kind_of(kOp, kind, parameter);
-  Held held;
+  Held held(scale);
   const std::int64_t* const words = held.key(kOp, key, scale);
   const at::Tensor out = output(scale, true);
   kernels(out).scaled_noise(
@@ -160,7 +173,7 @@ void fill_noise_(at::Tensor& out, double loc, double scale, FN_NOISE) {
   constexpr const char* kOp = "fill_noise_";
   const Dtype dtype = dtype_of(kOp, "out", out);
   const Kind which = kind_of(kOp, kind, parameter);
-  Held held;
+  Held held(out);
   const std::int64_t* const words = held.key(kOp, key, out);
   const at::Tensor dense = out.is_contiguous() ? out : at::empty(out.sizes(), out.options());
   kernels(out).scaled_noise({{nullptr, true, loc},
@@ -174,7 +187,7 @@ void fill_noise_(at::Tensor& out, double loc, double scale, FN_NOISE) {
   if (!dense.is_same(out)) out.copy_(dense);
 }
 
-// `z` and `kl` are left null. The key is taken where a z or its gradient needs it.
+// The outputs are left null. The key is taken where a z or its gradient needs it.
 Normal normal_of(const char* op, Held& held, FN_NORMAL, bool draws) {
   Normal how{};
   how.dtype = dtype_of(op, "mean", mean);
@@ -193,16 +206,17 @@ Normal normal_of(const char* op, Held& held, FN_NORMAL, bool draws) {
   return how;
 }
 
-Two rsample_normal(FN_NORMAL, std::array<bool, 2> wanted) {
-  Held held;
+Three rsample_normal(FN_NORMAL, std::array<bool, 3> wanted) {
+  Held held(mean);
   Normal how = normal_of("rsample_normal", held, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted[0]);
-  const at::Tensor z = output(mean, wanted[0]);
+  const at::Tensor z = output(mean, wanted[0]), var = output(mean, wanted[1]);
   const auto sums = mean.options().dtype(sum_type(mean));
-  const at::Tensor kl = wanted[1] ? at::empty(batch_of(mean, event_dims), sums) : at::empty({0}, sums);
+  const at::Tensor kl = wanted[2] ? at::empty(batch_of(mean, event_dims), sums) : at::empty({0}, sums);
   how.z = data_of(z, wanted[0]);
-  how.kl = data_of(kl, wanted[1]);
-  if (wanted[0] || wanted[1]) kernels(mean).normal(how);
-  return {z, kl};
+  how.var = data_of(var, wanted[1]);
+  how.kl = data_of(kl, wanted[2]);
+  if (wanted[0] || wanted[1] || wanted[2]) kernels(mean).normal(how);
+  return {z, var, kl};
 }
 
 void check_grad_of_sums(const char* op, const at::Tensor& grad, const at::Tensor& first, std::int64_t event_dims) {
@@ -212,14 +226,16 @@ void check_grad_of_sums(const char* op, const at::Tensor& grad, const at::Tensor
                    grad.scalar_type());
 }
 
-Four rsample_normal_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, FN_NORMAL,
-                             std::array<bool, 4> wanted) {
+Four rsample_normal_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_var,
+                             const OptionalTensor& grad_kl, FN_NORMAL, std::array<bool, 4> wanted) {
   constexpr const char* kOp = "rsample_normal_backward";
-  Held held;
+  Held held(mean);
   NormalBackward how{};
   how.forward = normal_of(kOp, held, mean, spread, prior_mean, prior_std, key, form, event_dims, grad_z.has_value());
   if (grad_z.has_value()) check_like(kOp, "grad_z", *grad_z, mean, "mean");
+  if (grad_var.has_value()) check_like(kOp, "grad_var", *grad_var, mean, "mean");
   how.grad_z = held.operand(grad_z, 0);
+  how.grad_var = held.operand(grad_var, 0);
   if (grad_kl.has_value()) {
     check_grad_of_sums(kOp, *grad_kl, mean, event_dims);
     how.grad_kl = held.dense(*grad_kl);
@@ -231,6 +247,39 @@ Four rsample_normal_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
   kernels(mean).normal_backward(how);
   return {out[0], out[1], out[2], out[3]};
+}
+
+Rows last_rows(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.dim() > 0, op, ": ", name, " must have an axis to normalise over, got a scalar");
+  return rows_of(op, t, 1);
+}
+void check_tau(const char* op, double tau) {
+  TORCH_CHECK_VALUE(tau > 0 && std::isfinite(tau), op, ": tau must be above 0 and finite, got ", tau);
+}
+
+at::Tensor gumbel_softmax(const at::Tensor& logits, const at::Tensor& key, double tau, bool hard) {
+  constexpr const char* kOp = "gumbel_softmax";
+  const Dtype dtype = dtype_of(kOp, "logits", logits);
+  const Rows shape = last_rows(kOp, "logits", logits);
+  check_tau(kOp, tau);
+  Held held(logits);
+  const std::int64_t* const words = held.key(kOp, key, logits);
+  const at::Tensor out = output(logits, true);
+  kernels(logits).gumbel_softmax({held.operand(logits), dtype, shape, tau, words, hard, out.mutable_data_ptr()});
+  return out;
+}
+
+at::Tensor gumbel_softmax_backward(const at::Tensor& grad, const at::Tensor& soft, double tau) {
+  constexpr const char* kOp = "gumbel_softmax_backward";
+  const Dtype dtype = dtype_of(kOp, "soft", soft);
+  check_like(kOp, "grad", grad, soft, "soft");
+  const Rows shape = last_rows(kOp, "soft", soft);
+  check_tau(kOp, tau);
+  Held held(soft);
+  const at::Tensor out = output(soft, true);
+  kernels(soft).gumbel_softmax_backward(
+      {held.operand(grad), held.operand(soft), dtype, shape, tau, out.mutable_data_ptr()});
+  return out;
 }
 
 LogUniform log_uniform_of(const char* op, Held& held, const at::Tensor& log_alpha, std::int64_t approximation,
@@ -246,7 +295,7 @@ LogUniform log_uniform_of(const char* op, Held& held, const at::Tensor& log_alph
 }
 
 at::Tensor kl_log_uniform(const at::Tensor& log_alpha, std::int64_t approximation, std::int64_t event_dims) {
-  Held held;
+  Held held(log_alpha);
   LogUniform how = log_uniform_of("kl_log_uniform", held, log_alpha, approximation, event_dims);
   const at::Tensor kl = at::empty(batch_of(log_alpha, event_dims), log_alpha.options().dtype(sum_type(log_alpha)));
   how.kl = kl.mutable_data_ptr();
@@ -257,7 +306,7 @@ at::Tensor kl_log_uniform(const at::Tensor& log_alpha, std::int64_t approximatio
 at::Tensor kl_log_uniform_backward(const at::Tensor& grad, const at::Tensor& log_alpha, std::int64_t approximation,
                                    std::int64_t event_dims) {
   constexpr const char* kOp = "kl_log_uniform_backward";
-  Held held;
+  Held held(log_alpha);
   LogUniform how = log_uniform_of(kOp, held, log_alpha, approximation, event_dims);
   check_grad_of_sums(kOp, grad, log_alpha, event_dims);
   how.grad_kl = held.dense(grad);
@@ -344,13 +393,17 @@ at::Tensor std_slope(const at::Tensor& spread, const at::Tensor& std, Form form)
 }
 
 // The gradients again, of ops that autograd knows: what a second derivative is taken of.
-std::array<at::Tensor, 4> differentiable_gradients(const OptionalTensor& given_z, const OptionalTensor& given_kl,
-                                                   FN_NORMAL) {
+std::array<at::Tensor, 4> differentiable_gradients(const OptionalTensor& given_z, const OptionalTensor& given_var,
+                                                   const OptionalTensor& given_kl, FN_NORMAL) {
   const auto m = full(mean), x = full(spread), std = std_of(x, Form(form));
   at::Tensor by_mean, by_std, by_prior_mean, by_prior_std;
   if (given_z.has_value()) {
     by_mean = full(*given_z);
     by_std = call_scaled_noise(std::nullopt, by_mean, *key, std::int64_t(Kind::normal), 0);
+  }
+  if (given_var.has_value()) {
+    const at::Tensor more = 2 * full(*given_var) * std;
+    by_std = by_std.defined() ? by_std + more : more;
   }
   if (given_kl.has_value()) {
     at::Tensor weight = *given_kl;
@@ -372,34 +425,43 @@ std::array<at::Tensor, 4> differentiable_gradients(const OptionalTensor& given_z
 }
 
 struct RsampleNormal : torch::autograd::Function<RsampleNormal> {
-  static variable_list forward(AutogradContext* ctx, FN_NORMAL, std::array<bool, 2> wanted) {
+  static variable_list forward(AutogradContext* ctx, FN_NORMAL, std::array<bool, 3> wanted) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({mean, spread, prior_mean.value_or(at::Tensor()), prior_std.value_or(at::Tensor()),
                             key.value_or(at::Tensor())});
     ctx->saved_data["form"] = form;
     ctx->saved_data["event_dims"] = event_dims;
     ctx->saved_data["z"] = wanted[0];
-    ctx->saved_data["kl"] = wanted[1];
+    ctx->saved_data["var"] = wanted[1];
+    ctx->saved_data["kl"] = wanted[2];
     ctx->set_materialize_grads(false);
-    const auto [z, kl] = call_rsample_normal(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
-    return {z, kl};
+    const auto [z, var, kl] = call_rsample_normal(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
+    return {z, var, kl};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     variable_list out(8);
     const OptionalTensor grad_z = ctx->saved_data["z"].toBool() ? maybe(grad[0]) : std::nullopt;
-    const OptionalTensor grad_kl = ctx->saved_data["kl"].toBool() ? maybe(grad[1]) : std::nullopt;
-    if (!grad_z.has_value() && !grad_kl.has_value()) return out;
+    const OptionalTensor grad_var = ctx->saved_data["var"].toBool() ? maybe(grad[1]) : std::nullopt;
+    const OptionalTensor grad_kl = ctx->saved_data["kl"].toBool() ? maybe(grad[2]) : std::nullopt;
+    if (!grad_z.has_value() && !grad_var.has_value() && !grad_kl.has_value()) return out;
     const variable_list v = ctx->get_saved_variables();
     const std::int64_t form = ctx->saved_data["form"].toInt(), event_dims = ctx->saved_data["event_dims"].toInt();
     const OptionalTensor prior_mean = maybe(v[2]), prior_std = maybe(v[3]), key = maybe(v[4]);
     std::array<bool, 4> wanted;
     for (std::size_t k = 0; k < 4; ++k) wanted[k] = wants_gradient(v[k]);
+    // Of what the divergence alone depends on there may be nothing to work out.
+    if (!grad_kl.has_value()) {
+      if (wanted[0] && grad_z.has_value()) out[0] = *grad_z;
+      wanted[0] = wanted[2] = wanted[3] = false;
+    }
     std::array<at::Tensor, 4> found;
+    if (wanted == std::array<bool, 4>{}) return out;
     if (at::GradMode::is_enabled()) {
-      found = differentiable_gradients(grad_z, grad_kl, v[0], v[1], prior_mean, prior_std, key, form, event_dims);
+      found =
+          differentiable_gradients(grad_z, grad_var, grad_kl, v[0], v[1], prior_mean, prior_std, key, form, event_dims);
     } else {
-      const auto [a, b, c, d] =
-          call_normal_backward(grad_z, grad_kl, v[0], v[1], prior_mean, prior_std, key, form, event_dims, wanted);
+      const auto [a, b, c, d] = call_normal_backward(grad_z, grad_var, grad_kl, v[0], v[1], prior_mean, prior_std, key,
+                                                     form, event_dims, wanted);
       found = {a, b, c, d};
     }
     for (std::size_t k = 0; k < 4; ++k)
@@ -408,14 +470,41 @@ struct RsampleNormal : torch::autograd::Function<RsampleNormal> {
   }
 };
 
-Two rsample_normal_autograd(FN_NORMAL, std::array<bool, 2> wanted) {
+Three rsample_normal_autograd(FN_NORMAL, std::array<bool, 3> wanted) {
   refuse_forward_mode("rsample_normal", mean, spread, prior_mean, prior_std);
   if (records(mean, spread, prior_mean, prior_std)) {
     const variable_list out = RsampleNormal::apply(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
-    return {out[0], out[1]};
+    return {out[0], out[1], out[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_rsample_normal(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted);
+}
+
+// The gradient is that of the soft result, which is the output or, where that is hard, is made again.
+struct GumbelSoftmaxFunction : torch::autograd::Function<GumbelSoftmaxFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& key, double tau,
+                            bool hard) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor out = call_gumbel_softmax(logits, key, tau, hard);
+    ctx->save_for_backward(hard ? variable_list{logits, key} : variable_list{out});
+    ctx->saved_data["tau"] = tau;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    const double tau = ctx->saved_data["tau"].toDouble();
+    const variable_list v = ctx->get_saved_variables();
+    const at::Tensor soft = v.size() == 1 ? v[0] : call_gumbel_softmax(v[0], v[1], tau, false);
+    if (!at::GradMode::is_enabled()) return {call_gumbel_softmax_backward(grad[0], soft, tau), {}, {}, {}};
+    const at::Tensor s = full(soft), g = full(grad[0]);
+    return {(s * (g - (g * s).sum(-1, true)) / tau).to(soft.scalar_type()), {}, {}, {}};
+  }
+};
+
+at::Tensor gumbel_softmax_autograd(const at::Tensor& logits, const at::Tensor& key, double tau, bool hard) {
+  refuse_forward_mode("gumbel_softmax", logits);
+  if (records(logits)) return GumbelSoftmaxFunction::apply(logits, key, tau, hard);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call_gumbel_softmax(logits, key, tau, hard);
 }
 
 at::Tensor differentiable_slope(const at::Tensor& log_alpha, Approximation approximation) {
@@ -466,9 +555,11 @@ at::Tensor log_uniform_autograd(const at::Tensor& log_alpha, std::int64_t approx
 TORCH_LIBRARY_FRAGMENT(fastnuggets, m) {
   m.def("scaled_noise(Tensor? loc, Tensor scale, Tensor key, int kind, float parameter) -> Tensor");
   m.def("fill_noise_(Tensor(a!) out, float loc, float scale, Tensor key, int kind, float parameter) -> ()");
-  m.def("rsample_normal(" FN_SCHEMA_NORMAL ", bool[2] wanted) -> (Tensor, Tensor)");
-  m.def("rsample_normal_backward(Tensor? grad_z, Tensor? grad_kl, " FN_SCHEMA_NORMAL
+  m.def("rsample_normal(" FN_SCHEMA_NORMAL ", bool[3] wanted) -> (Tensor, Tensor, Tensor)");
+  m.def("rsample_normal_backward(Tensor? grad_z, Tensor? grad_var, Tensor? grad_kl, " FN_SCHEMA_NORMAL
         ", bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gumbel_softmax(Tensor logits, Tensor key, float tau, bool hard) -> Tensor");
+  m.def("gumbel_softmax_backward(Tensor grad, Tensor soft, float tau) -> Tensor");
   m.def("kl_log_uniform(Tensor log_alpha, int approximation, int event_dims) -> Tensor");
   m.def("kl_log_uniform_backward(Tensor grad, Tensor log_alpha, int approximation, int event_dims) -> Tensor");
 }
@@ -479,6 +570,8 @@ TORCH_LIBRARY_FRAGMENT(fastnuggets, m) {
     m.impl("fill_noise_", fill_noise_);                         \
     m.impl("rsample_normal", rsample_normal);                   \
     m.impl("rsample_normal_backward", rsample_normal_backward); \
+    m.impl("gumbel_softmax", gumbel_softmax);                   \
+    m.impl("gumbel_softmax_backward", gumbel_softmax_backward); \
     m.impl("kl_log_uniform", kl_log_uniform);                   \
     m.impl("kl_log_uniform_backward", kl_log_uniform_backward); \
   }
@@ -492,6 +585,8 @@ TORCH_LIBRARY_IMPL(fastnuggets, Autograd, m) {
   m.impl("fill_noise_", fill_noise_autograd);
   m.impl("rsample_normal", rsample_normal_autograd);
   m.impl("rsample_normal_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gumbel_softmax", gumbel_softmax_autograd);
+  m.impl("gumbel_softmax_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("kl_log_uniform", log_uniform_autograd);
   m.impl("kl_log_uniform_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -11,6 +11,8 @@ struct Kernels {
   void (*scaled_noise)(const ScaledNoise&);
   void (*normal)(const Normal&);
   void (*normal_backward)(const NormalBackward&);
+  void (*gumbel_softmax)(const GumbelSoftmax&);
+  void (*gumbel_softmax_backward)(const GumbelSoftmaxBackward&);
   void (*log_uniform)(const LogUniform&);  // forward, or backward if `grad` is there
 };
 

@@ -19,6 +19,7 @@ from fastnuggets.ops.sample import (
     gaussian_dropout,
     gumbel_softmax,
     kl_log_uniform,
+    kl_mixture,
     kl_normal,
     local_reparam,
     noise,
@@ -28,6 +29,7 @@ from fastnuggets.ops.sample import (
     rsample,
     rsample_normal,
     rsample_normal_kl,
+    variance_kl,
 )
 from fastnuggets.ops.voxelize import GridBuffer, atom_relevance, voxelize
 
@@ -49,6 +51,7 @@ __all__ = [
     "gumbel_softmax",
     "kernel_warnings",
     "kl_log_uniform",
+    "kl_mixture",
     "kl_normal",
     "local_reparam",
     "noise",
@@ -63,6 +66,7 @@ __all__ = [
     "swag_sample_",
     "swag_update_",
     "swap_",
+    "variance_kl",
     "voxelize",
     "weighted_sum_",
 ]

@@ -139,7 +139,7 @@ def rsample_normal(
     mean, spread = _together(mean=mean, spread=spread)
     drawn: Tensor = _OPS.rsample_normal(
         mean, spread, None, None, noise_key(mean.device, key=key, generator=generator), _number("form", form, FORMS), 0,
-        [True, False],
+        [True, False, False],
     )[0]  # fmt: skip
     return drawn
 
@@ -157,9 +157,9 @@ def rsample_normal_kl(
 ) -> tuple[Tensor, Tensor]:
     """:func:`rsample_normal` and :func:`kl_normal` in one pass, forward and backward: (z, kl)."""
     inputs = _with_prior(mean, spread, prior_mean, prior_std)
-    z, kl = _OPS.rsample_normal(
+    z, _, kl = _OPS.rsample_normal(
         *inputs, noise_key(mean.device, key=key, generator=generator), _number("form", form, FORMS), event_dims,
-        [True, True],
+        [True, False, True],
     )  # fmt: skip
     return z, kl
 
@@ -183,8 +183,68 @@ def kl_normal(
         Shape of the others less the last ``event_dims`` axes; float64 for float64, else float32.
     """
     inputs = _with_prior(mean, spread, prior_mean, prior_std)
-    kl: Tensor = _OPS.rsample_normal(*inputs, None, _number("form", form, FORMS), event_dims, [False, True])[1]
+    wanted = [False, False, True]
+    kl: Tensor = _OPS.rsample_normal(*inputs, None, _number("form", form, FORMS), event_dims, wanted)[2]
     return kl
+
+
+def variance_kl(
+    mean: Tensor,
+    spread: Tensor,
+    *,
+    form: str = "std",
+    prior_mean: Tensor | float = 0.0,
+    prior_std: Tensor | float = 1.0,
+    event_dims: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """std^2 and :func:`kl_normal` in one pass, forward and backward: (var, kl); var is of the inputs' shape.
+
+    What local reparametrization needs of a layer's weights.
+    """
+    inputs = _with_prior(mean, spread, prior_mean, prior_std)
+    wanted = [False, True, True]
+    _, var, kl = _OPS.rsample_normal(*inputs, None, _number("form", form, FORMS), event_dims, wanted)
+    return var, kl
+
+
+def kl_mixture(
+    sample: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    *,
+    form: str = "std",
+    weights: Sequence[float] = (0.5, 0.5),
+    stds: Sequence[float] = (1.0, 0.0025),
+    event_dims: int = 0,
+) -> Tensor:
+    """ln q(sample) - ln p(sample), q = N(mean, std^2), p a mixture of normals of mean 0: KL(q || p) from one sample.
+
+    Args:
+        sample: a draw from q, such as :func:`rsample_normal`'s with the same mean and spread; mean, spread, form as
+            there. Shapes broadcast.
+        weights, stds: of the components, two or more; weights are above 0 and sum to 1.
+        event_dims: summed over so many of the last axes.
+
+    Made of torch's ops: it keeps what autograd keeps of them. Differentiable in all tensors; deterministic; does not
+    synchronise. Far from every component it is exact: nothing is added inside a logarithm.
+    C. Blundell et al., Weight Uncertainty in Neural Networks, ICML 2015, arXiv:1505.05424.
+    """
+    if len(weights) != len(stds) or not weights:
+        raise ValueError(f"weights and stds must be of one length, 1 or more, got {len(weights)} and {len(stds)}")
+    if min(weights) <= 0 or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights must be above 0 and sum to 1, got {tuple(weights)}")
+    if min(stds) <= 0:
+        raise ValueError(f"stds must be above 0, got {tuple(stds)}")
+    if event_dims < 0:
+        raise ValueError(f"event_dims must not be negative, got {event_dims}")
+    sample, mean, spread = (_wide(t) for t in _together(sample=sample, mean=mean, spread=spread))
+    log_std = _log_std(spread, form)
+    log_q = -0.5 * ((sample - mean) / log_std.exp()).square() - log_std
+    log_p = torch.stack([
+        math.log(w / s) - 0.5 * (sample / s).square() for w, s in zip(weights, stds, strict=True)
+    ]).logsumexp(0)  # fmt: skip
+    kl = log_q - log_p
+    return kl.flatten(kl.dim() - event_dims).sum(-1) if event_dims else kl
 
 
 def local_reparam(mean: Tensor, var: Tensor, *, key: Key = None, generator: Generator | None = None) -> Tensor:
@@ -239,13 +299,24 @@ def gumbel_softmax(
 ) -> Tensor:
     """softmax((logits + gumbel) / tau) over ``dim``.
 
-    The noise is finite: no logit that is finite gives an inf or a NaN. With ``hard`` the result is exactly one-hot, at
-    the largest, and has the gradient of the soft one. Backward needs the soft result, which is kept, and no noise.
+    Args:
+        logits: finite, or -inf for what must not be drawn. A row with a NaN or +inf, or of -inf alone, is NaN.
+        tau: above 0. As a tensor it is differentiable, and the softmax is torch's, as it is over another than the last
+            axis: slower, with the same noise.
+        hard: the result is exactly one-hot, at the first of the largest, and has the gradient of the soft one.
+
+    The noise is finite: no logit that is finite gives an inf or a NaN. Backward needs the soft result, which is the
+    output itself or, with ``hard``, is made again.
 
     C. Maddison, A. Mnih, Y. Teh, The Concrete Distribution, arXiv:1611.00712; E. Jang, S. Gu, B. Poole, Categorical
     Reparameterization with Gumbel-Softmax, arXiv:1611.01144; both ICLR 2017.
     """
     _check_tau(tau)
+    if not isinstance(tau, Tensor) and dim in (-1, logits.dim() - 1):
+        drawn: Tensor = _OPS.gumbel_softmax(
+            logits, noise_key(logits.device, key=key, generator=generator), float(tau), hard
+        )
+        return drawn
     soft = torch.softmax(_tempered(logits, "gumbel", tau, key, generator), dim)
     if hard:
         chosen = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
@@ -339,6 +410,16 @@ def _scaled(
     return drawn
 
 
+def _log_std(spread: Tensor, form: str) -> Tensor:
+    """ln of the standard deviation, in float32 at least."""
+    _number("form", form, FORMS)
+    if form == "rho":  # far below 0 the softplus is exp(rho), which underflows before its logarithm does
+        return torch.where(spread < -16, spread, torch.nn.functional.softplus(spread.clamp_min(-16)).log())
+    if form in ("logvar", "log_std"):
+        return spread if form == "log_std" else spread / 2
+    return spread.log() if form == "std" else spread.log() / 2
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half types as float32: what an op of torch makes of the noise is rounded once."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -372,12 +453,23 @@ def _sums(x: Tensor, event_dims: int) -> Tensor:
 @torch.library.register_fake("fastnuggets::rsample_normal")
 def _(mean, spread, prior_mean, prior_std, key, form, event_dims, wanted):  # type: ignore[no-untyped-def]
     sums = _sums(mean, event_dims)
-    return mean.new_empty(mean.shape if wanted[0] else (0,)), sums if wanted[1] else sums.new_empty((0,))
+    z, var = (mean.new_empty(mean.shape if w else (0,)) for w in wanted[:2])
+    return z, var, sums if wanted[2] else sums.new_empty((0,))
 
 
 @torch.library.register_fake("fastnuggets::rsample_normal_backward")
-def _(grad_z, grad_kl, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted):  # type: ignore[no-untyped-def]
+def _(grad_z, grad_var, grad_kl, mean, spread, prior_mean, prior_std, key, form, event_dims, wanted):  # type: ignore[no-untyped-def]
     return tuple(mean.new_empty(mean.shape if w else (0,)) for w in wanted)
+
+
+@torch.library.register_fake("fastnuggets::gumbel_softmax")
+def _(logits, key, tau, hard):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("fastnuggets::gumbel_softmax_backward")
+def _(grad, soft, tau):  # type: ignore[no-untyped-def]
+    return soft.new_empty(soft.shape)
 
 
 @torch.library.register_fake("fastnuggets::kl_log_uniform")

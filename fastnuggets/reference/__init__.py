@@ -11,7 +11,15 @@ from fastnuggets.reference.average import (
     weighted_sum,
 )
 from fastnuggets.reference.inverse import fit_atoms
-from fastnuggets.reference.sample import kl_log_uniform, kl_normal, noise, rsample_normal, scaled_noise
+from fastnuggets.reference.sample import (
+    gumbel_softmax,
+    kl_log_uniform,
+    kl_normal,
+    noise,
+    rsample_normal,
+    scaled_noise,
+    std_of,
+)
 from fastnuggets.reference.voxelize import atom_relevance, voxelize
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "atom_relevance",
     "average_update",
     "fit_atoms",
+    "gumbel_softmax",
     "join",
     "kl_log_uniform",
     "kl_normal",
@@ -27,6 +36,7 @@ __all__ = [
     "scaled_noise",
     "sgd_step",
     "split",
+    "std_of",
     "stochastic_bfloat16",
     "swag_update",
     "voxelize",

@@ -93,6 +93,14 @@ def rsample_normal(mean: Tensor, spread: Tensor, key: Tensor, form: str = "std")
     return scaled_noise(mean, std_of(spread, form), key, "normal")
 
 
+def gumbel_softmax(logits: Tensor, key: Tensor, tau: float = 1.0, hard: bool = False) -> Tensor:
+    """softmax((logits + gumbel) / tau) over the last axis; hard: 1 at the largest, with the gradient of the soft."""
+    soft = ((logits + noise(key, "gumbel", tuple(logits.shape)).to(logits)) / tau).softmax(-1)
+    if not hard or logits.numel() == 0:
+        return soft
+    return F.one_hot(soft.argmax(-1), logits.shape[-1]) + (soft - soft.detach())
+
+
 def kl_normal(
     mean: Tensor,
     spread: Tensor,
@@ -102,7 +110,7 @@ def kl_normal(
     event_dims: int = 0,
 ) -> Tensor:
     """KL(N(mean, std^2) || N(prior_mean, prior_std^2)), summed over the last `event_dims` axes."""
-    std, prior = std_of(spread, form), torch.as_tensor(prior_std).to(mean)
+    std, prior = std_of(spread, form), torch.as_tensor(prior_std, dtype=mean.dtype, device=mean.device)
     kl = (prior / std).log() + (std**2 + (mean - prior_mean) ** 2) / (2 * prior**2) - 0.5
     return kl.flatten(kl.dim() - event_dims).sum(-1) if event_dims else kl
 
