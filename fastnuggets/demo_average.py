@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from fastnuggets import __version__
-from fastnuggets.molecules.files import atomic_write, need
+from fastnuggets.molecules.files import need
+from fastnuggets.parts import Parts, one_thread, seeds, settings
 from fastnuggets.training import (
     Curve,
     FastGeometricEnsemble,
@@ -166,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: under a minute")
     parser.add_argument(
         "--seeds",
-        type=_seeds,
+        type=seeds,
         metavar="N",
         help=f"splits, wrong labels, weights and batches to repeat all with, at least 2 "
         f"(default {STANDARD.seeds}, with --quick {QUICK.seeds})",
@@ -175,55 +172,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _seeds(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 2 to show a spread, got {text!r}")
-    return number
-
-
 def run(plan: Plan, cache: Path, *, fresh: bool = False) -> Result:
     """The demo without its page. Each seed of each task, and the pictures, are kept in `cache` when they are done.
 
     Deterministic: the same settings and versions give the same bits on the same machine, interrupted or not; times
     are as they were measured.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    seconds, reused = [], []
-
-    def part(name: str, ticks: int, what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        settings = _settings(plan, what)
-        path = cache / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.pt"
-        found = None if fresh else _load(path, settings)
-        reused.append(found is not None)
-        bar.set_description(name)
-        if found is None:
-            if bar.disable:
-                print(f"{name} ...", file=sys.stderr)
-            began = time.perf_counter()
-            found = compute() | {"settings": settings, "seconds": time.perf_counter() - began}
-            with atomic_write(path) as file:
-                torch.save(found, file)
-        else:
-            bar.update(ticks)
-        seconds.append(found["seconds"])
-        return found
-
     units: dict[str, list[dict[str, Any]]] = {}
-    with _one_thread(), _bar(plan) as bar:
+    with one_thread(), _bar(plan) as bar:
+        part = Parts(cache, bar, fresh=fresh)
         for task in TASKS:
             units[task.name] = []
             for seed in range(plan.seeds):
                 compute = partial(compare, task, plan, seed, bar.update)
-                what = {"task": list(task), "seed": seed}
+                what = settings(plan, {"task": list(task), "seed": seed})
                 units[task.name].append(part(f"{task.name}, seed {seed}", 4 * plan.steps, what, compute))
         first = units[NOISY.name][0]
         compute = partial(_pictures, plan, first["weights"], bar.update)
         ticks = plan.steps + 2 * plan.curve_steps
-        pictures = part("loss plane and curves", ticks, {"task": list(NOISY), "seed": "pictures"}, compute)
+        what = settings(plan, {"task": list(NOISY), "seed": "pictures"})
+        pictures = part("loss plane and curves", ticks, what, compute)
     return Result(
         plan,
         {
@@ -234,44 +202,15 @@ def run(plan: Plan, cache: Path, *, fresh: bool = False) -> Result:
         first["taken"],
         pictures,
         {task.network: sum(weight.numel() for weight in network(task, plan).parameters()) for task in TASKS},
-        sum(seconds),
-        sum(reused),
-        len(reused),
+        sum(part.seconds),
+        sum(part.reused),
+        len(part.reused),
     )
-
-
-def _settings(plan: Plan, what: dict[str, Any]) -> dict[str, Any]:
-    """What a part depends on; the number of seeds is not in it, so that more seeds are an addition."""
-    versions = {"torch": str(torch.__version__), "fastnuggets": __version__}
-    return {**plan._replace(seeds=0)._asdict(), **what, **versions}
-
-
-def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = torch.load(path, weights_only=True)
-        if found["settings"] == settings:
-            return found
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        print(f"{path} is damaged ({type(error).__name__}): computing it again", file=sys.stderr)
-    return None
 
 
 def _bar(plan: Plan) -> Any:
     steps = len(TASKS) * plan.seeds * 4 * plan.steps + plan.steps + 2 * plan.curve_steps
     return need("tqdm").tqdm(total=steps, unit="step", disable=None)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A network this small is not quicker with more, and its bits then do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load(task: Task, seed: int) -> Data:

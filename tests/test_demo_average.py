@@ -6,6 +6,7 @@ import torch
 from test_demo import Page
 
 from fastnuggets import cli, demo_average, report_average
+from fastnuggets.parts import settings
 
 for package in ("sklearn", "scipy", "tqdm", "matplotlib"):
     pytest.importorskip(package)
@@ -141,10 +142,10 @@ def test_finished_parts_are_reused_and_damaged_ones_are_not(done, capsys):
 
 
 def test_other_settings_are_other_parts():
-    settings = demo_average._settings(TINY, {"seed": 0})
-    assert demo_average._settings(TINY._replace(seeds=5), {"seed": 0}) == settings
+    same = settings(TINY, {"seed": 0})
+    assert settings(TINY._replace(seeds=5), {"seed": 0}) == same
     for changed in (TINY._replace(steps=49), TINY._replace(decay=0.5)):
-        assert demo_average._settings(changed, {"seed": 0}) != settings
+        assert settings(changed, {"seed": 0}) != same
 
 
 @pytest.mark.parametrize("value", ["1", "0", "-3", "many", "2.5"])
