@@ -36,7 +36,7 @@ test: $(BUILT)
 demo: $(BUILT)
 	$(call RUN,.venv) fastnuggets demo $(ARGS)
 
-bench: $(BUILT) .venv/bench .venv/timm
+bench: $(BUILT) .venv/bench .venv/peers
 	$(call RUN,.venv) python -m bench $(ARGS)
 
 wheel: $(ENV)
@@ -70,9 +70,9 @@ $(BUILT): $(ENV) $(SOURCES)
 	$(call RUN,.venv) pip install --quiet --no-build-isolation --editable '.[$(notdir $@)]'
 	touch $@
 
-# timm would bring a torchvision, and that another torch; the one file of it that is measured needs neither.
-.venv/timm: .venv/bench
-	$(call RUN,.venv) pip install --quiet --no-deps timm==1.0.31
+# These would bring a torchvision, and that another torch; what is measured of them needs neither.
+.venv/peers: .venv/bench
+	$(call RUN,.venv) pip install --quiet --no-deps timm==1.0.31 bayesian-torch==0.5.0 blitz-bayesian-pytorch==0.2.8
 	touch $@
 
 $(CUDA_ENV):

@@ -56,11 +56,12 @@ class Contender:
 class Gate:
     """time(top) / time(bottom) must be at least, or at most, a number for 1 and 2 threads (None: no demand).
 
-    Without `bottom` it is what top does in a second that must be. On a GPU the first number is meant.
+    Without `bottom` it is what top does in a second that must be. Of several tops the fastest of those measured counts.
+    On a GPU the first number is meant.
     """
 
     name: str
-    top: str
+    top: str | tuple[str, ...]
     bottom: str | None
     must: tuple[float | None, float | None]
     at_most: bool = False
@@ -68,13 +69,14 @@ class Gate:
 
 @dataclass
 class Group:
-    """Contenders timed in turns in one process."""
+    """Contenders timed in turns in one process, a process of its own where `environment` differs from this one's."""
 
     name: str
     title: str
     make: Callable[[], Iterator[Contender | Missing]]
     gates: list[Gate] = field(default_factory=list)
     family: str = "voxelize"
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

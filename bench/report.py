@@ -81,23 +81,29 @@ def gates(demands: list[Gate], rows: list[Row], threads: list[int]) -> list[Row]
     by_name = {row["name"]: row for row in rows if "ms" in row}
     results = []
     for gate in demands:
-        named = [by_name.get(name) for name in (gate.top, gate.bottom) if name is not None]
+        tops = [by_name[name] for name in _names(gate.top) if name in by_name]
+        bottoms = [by_name[name] for name in _names(gate.bottom) if name in by_name]
+        missing = not tops or (gate.bottom is not None and not bottoms)
         result: Row = {"name": gate.name, "at_most": gate.at_most, "threads": {}}
         for count, must in zip((1, 2), gate.must, strict=True):
             if must is None or count not in threads:
                 continue
             cell: Row = {"must": must}
-            if None in named:
+            if missing:
                 cell["verdict"] = "not measured"
-            elif not all(map(right, named)):
+            elif not all(map(right, tops + bottoms)):
                 cell["verdict"] = "wrong result"
             else:
-                ms = [row["ms"][str(count)] for row in named]
-                cell["value"] = value = ms[0] / ms[1] if len(ms) == 2 else 1e3 / ms[0]
+                top = min(row["ms"][str(count)] for row in tops)
+                cell["value"] = value = top / bottoms[0]["ms"][str(count)] if bottoms else 1e3 / top
                 cell["verdict"] = "reached" if (value <= must if gate.at_most else value >= must) else "missed"
             result["threads"][str(count)] = cell
         results.append(result)
     return results
+
+
+def _names(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given or ()
 
 
 def markdown(result: dict[str, Any]) -> str:

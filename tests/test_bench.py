@@ -2,7 +2,8 @@
 
 import torch
 
-from bench import report, workload
+from bench import __main__ as main
+from bench import report, sample, workload
 from bench.cases import Gate
 
 ROWS = [
@@ -39,6 +40,8 @@ def test_gates():
     assert verdicts(Gate("", "ours", "peer", (0.1, 0.1), at_most=True)) == {"1": (0.2, "missed"), "2": (0.1, "reached")}
     assert verdicts(Gate("", "peer", None, (None, 100))) == {"2": (100, "reached")}
     assert verdicts(Gate("", "absent", "ours", (5, None))) == {"1": (None, "not measured")}
+    assert verdicts(Gate("", "peer", "absent", (5, None))) == {"1": (None, "not measured")}
+    assert verdicts(Gate("", ("peer", "absent", "ours"), "ours", (1, 2))) == {"1": (1, "reached"), "2": (1, "missed")}
 
 
 def test_a_wrong_result_has_no_speed():
@@ -64,6 +67,23 @@ def test_tables_go_between_markers(tmp_path):
     assert "old" not in once
     report.fill(str(readme), result)
     assert readme.read_text() == once
+
+
+def test_a_group_of_another_environment_is_measured_in_another_process(monkeypatch):
+    """An allocator's settings are read when a process starts."""
+    group = next(g for g in sample.groups("cpu", True) if g.environment)
+    seen = {}
+
+    def run(command, env, **_):
+        seen.update(env)
+        folder = command[command.index("--out") + 1]
+        made = report.start("cpu", [1], 5, quick=True, complete=[])
+        made["groups"] = [{"name": group.name, "rows": [{"ms": {"1": 2.0}}]}]
+        report.write(made, "", folder)
+
+    monkeypatch.setattr(main.subprocess, "run", run)
+    assert main.measure_apart(group, "cpu", [1], 5, True)["rows"][0]["ms"] == {"1": 2.0}
+    assert group.environment.items() <= seen.items()
 
 
 def test_workload():
