@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, "print versions, how this copy was built, and the devices")
-    commands.add_parser("demo", help="molecules, or averages of weights, in a report (demo --help)", add_help=False)
+    demos = "molecules, averages of weights, or sampling, in a report (demo --help)"
+    commands.add_parser("demo", help=demos, add_help=False)
 
     table = command("conformers", _conformers, "molecules -> coordinate table (Parquet)", _CONFORMERS)
     _add_input(table)

@@ -130,8 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastnuggets import demo_average
 
         return demo_average.main(arguments)
+    if name == "sample":
+        from fastnuggets import demo_sample
+
+        return demo_sample.main(arguments)
     if name != "molecules":
-        _parser().error(f"there is no demo {name!r}: molecules, average")
+        _parser().error(f"there is no demo {name!r}: molecules, average, sample")
     args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
@@ -151,12 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Two demos; each writes a page that needs no network.
+Three demos; each writes a page that needs no network.
 
   molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
              returns: OUT/report.html. This is what runs without a name.
   average    Averages of weights and ensembles side by side, on handwritten digits: OUT/average.html.
              Its options: fastnuggets demo average --help
+  sample     A layer that is nothing but noise, networks that say how sure they are, and noise that repeats:
+             OUT/sample.html. Its options: fastnuggets demo sample --help
 
 Options of molecules:"""
 
@@ -165,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastnuggets demo",
         usage="%(prog)s [molecules] [--input FILE] [--out DIR] [--quick] [--seed SEED] [--resume | --fresh]\n"
-        "       %(prog)s average [--help]",
+        "       %(prog)s average [--help]\n"
+        "       %(prog)s sample [--help]",
         description=_DESCRIPTION,
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

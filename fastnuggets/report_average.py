@@ -254,17 +254,21 @@ def _values(result: Result, task: str, method: str, metric: Metric) -> np.ndarra
 
 def compare(result: Result, task: str, method: str, metric: Metric, base: str = BASE) -> Paired:
     """A method against another, seed by seed."""
-    each = _values(result, task, method, metric) - _values(result, task, base, metric)
-    n, mean, spread = len(each), each.mean(), each.std(ddof=1)
-    half = need("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread / n**0.5
-    return Paired(each, float(mean), metric.sign * int(np.sign(mean)) if abs(mean) > half else 0)
+    return paired(_values(result, task, method, metric) - _values(result, task, base, metric), metric.sign)
+
+
+def paired(each: np.ndarray, sign: int) -> Paired:
+    """Differences [seeds]; `sign` is 1 if more is better."""
+    n, mean = len(each), each.mean()
+    half = need("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, n - 1) * each.std(ddof=1) / n**0.5
+    return Paired(each, float(mean), sign * int(np.sign(mean)) if abs(mean) > half else 0)
 
 
 def _mean(result: Result, task: str, method: str, metric: Metric) -> str:
     return f"{_values(result, task, method, metric).mean():.{metric.digits}f}"
 
 
-def _spread(values: np.ndarray, digits: int) -> str:
+def spread(values: np.ndarray, digits: int) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
@@ -288,7 +292,7 @@ def _tiles(result: Result) -> str:
     def change(task: str, metric: Metric) -> str:
         return " → ".join(_mean(result, task, method, metric) for method in (BASE, "swa"))
 
-    spread = _values(result, CLEAN.name, BASE, ACCURACY).std(ddof=1)
+    alone = _values(result, CLEAN.name, BASE, ACCURACY).std(ddof=1)
     gain = compare(result, CLEAN.name, "swa", ACCURACY).mean
     calls = ", ".join(f"{name} {result.scores[NOISY.name][key][0].passes}" for key, name in SHORT.items())
     overhead = sum(score.training for score in result.scores[NOISY.name]["swa"])
@@ -300,7 +304,7 @@ def _tiles(result: Result) -> str:
             f"accuracy, last iterate → SWA: few and noisy labels, dense network. An ideal early stop: {best} %",
         ),
         (change(CONVOLUTIONAL.name, ACCURACY) + " %", "the same labels, convolutional network"),
-        (f"{gain:+.1f}", f"points of accuracy by SWA on clean labels; seeds alone spread by {spread:.1f}"),
+        (f"{gain:+.1f}", f"points of accuracy by SWA on clean labels; seeds alone spread by {alone:.1f}"),
         (
             f"{overhead:.1f} %",
             f"more training time by {updates} updates of SWA; passes for a prediction: {calls}",
@@ -478,11 +482,11 @@ def _table(result: Result, task: str) -> str:
         rows.append(
             [
                 name,
-                _spread(_values(result, task, method, ACCURACY), ACCURACY.digits),
+                spread(_values(result, task, method, ACCURACY), ACCURACY.digits),
                 "–" if method == BASE else _difference(against[0], ACCURACY.digits),
-                _spread(_values(result, task, method, NLL), NLL.digits),
+                spread(_values(result, task, method, NLL), NLL.digits),
                 "–" if method == BASE else _difference(against[1], NLL.digits),
-                _spread(_values(result, task, method, ECE), ECE.digits),
+                spread(_values(result, task, method, ECE), ECE.digits),
                 str(first.passes),
                 f"{times[0]:.2f}",
                 f"{1000 * times[1]:.1f}" if times[1] else "–",

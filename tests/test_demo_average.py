@@ -156,15 +156,17 @@ def test_bad_number_of_seeds_is_named(value, capsys):
     assert f"--seeds: must be a whole number, at least 2 to show a spread, got '{value}'" in capsys.readouterr().err
 
 
-def test_unknown_demo_is_named_and_help_shows_both(capsys):
+def test_unknown_demo_is_named_and_help_shows_all(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "averages"])
     assert stop.value.code == cli.USAGE
-    assert "no demo 'averages': molecules, average" in capsys.readouterr().err
+    assert "no demo 'averages': molecules, average, sample" in capsys.readouterr().err
     for arguments in (["--help"], ["molecules", "--help"]):
         with pytest.raises(SystemExit):
             cli.main(["demo", *arguments])
-        assert "fastnuggets demo average --help" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "fastnuggets demo average --help" in shown
+        assert "fastnuggets demo sample --help" in shown
 
 
 def test_missing_package_is_named(monkeypatch, tmp_path, capsys):

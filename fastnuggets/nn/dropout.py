@@ -1,4 +1,4 @@
-"""Dropout that makes its noise again in backward: what is kept for it is a key of 16 bytes, not a mask.
+"""Dropout. For the backward of the first two a key of 16 bytes is kept, and no mask.
 
 Each module draws while it trains, and in eval mode inside `fastnuggets.nn.sampling`; otherwise it is the identity.
 ``forward`` takes a ``key`` as the functions of `fastnuggets.ops` do: the same key, the same noise.
@@ -99,8 +99,8 @@ class ConcreteDropout(Stochastic):
             2/3 before a convolution; so does the default, None.
         prior_std: of the weights' normal prior, the inverse of the paper's length scale. Biases have no prior.
 
-    :meth:`kl` is for a loss that is a sum over the data, like that of the other Bayesian layers: for a mean over n
-    examples, divide by n. Without it p goes to 0.
+    :meth:`kl` is part of `fastnuggets.nn.kl`, to be divided by n where the loss is a mean over n examples. Without it p
+    goes to 0.
     Y. Gal, J. Hron, A. Kendall, Concrete Dropout, NeurIPS 2017, arXiv:1705.07832.
     """
 
