@@ -1,14 +1,13 @@
 // A block of threads takes a tile of one row; every element is read and written by one thread, so results depend on no
 // schedule. The table of tensors travels in the kernel's parameters (32,764 bytes from CUDA 12.1 on): nothing is
 // uploaded, nothing has to live longer than the call, and a captured graph keeps its own copy.
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "average/average_cuda.h"
 #include "average/average_math.h"
+#include "common/convert.cuh"
 #include "common/launch.cuh"
 #include "common/normal.h"
 
@@ -115,22 +114,6 @@ struct alignas(sizeof(S) * kQuad < 16 ? sizeof(S) * kQuad : 16) Quad {
 template <class S>
 __device__ bool aligned(const S* p) {
   return reinterpret_cast<std::uintptr_t>(p) % alignof(Quad<S>) == 0;
-}
-
-// Half goes by the instructions for it, which give the bits of average_math.h, but for those of a NaN.
-template <class To, class S>
-__device__ To convert(S x) {
-  if constexpr (std::is_same_v<To, S>) {
-    return x;
-  } else if constexpr (std::is_same_v<S, Half>) {
-    return To(__half2float(__ushort_as_half(x.bits)));
-  } else if constexpr (std::is_same_v<To, Half>) {
-    return {__half_as_ushort(__float2half_rn(float(x)))};
-  } else if constexpr (std::is_arithmetic_v<To>) {
-    return To(load(x));
-  } else {
-    return Store<To>::of(typename Compute<To>::type(x));
-  }
 }
 
 template <class S, class R, int N>
