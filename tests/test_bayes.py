@@ -291,7 +291,11 @@ def test_what_makes_the_divergence_be_computed_anew(sampling, passes):
 
     def replaced():
         layer(x)
-        layer.weight = torch.nn.Parameter(layer.weight.detach() + 1)
+        other = torch.nn.Parameter(layer.weight.detach() + 1)
+        with torch.no_grad():
+            for _ in range(layer.weight._version):  # the same number
+                other.mul_(1)
+        layer.weight = other
 
     def gone_through():
         layer(x).sum().backward()
@@ -363,7 +367,7 @@ def test_no_more_than_the_last_forward_is_held():
     graphs = []
     for _ in range(5):
         layer(x)
-        graphs.append(weakref.ref(layer._held._found[2]))
+        graphs.append(weakref.ref(layer._held._found[1]))
     gc.collect()
     assert [g() is not None for g in graphs] == [False] * 4 + [True]
     held = weakref.ref(layer._held)
@@ -393,9 +397,13 @@ def test_checkpoints_draw_the_same_noise_again(reentrant, sampling):
     torch.manual_seed(4)
     y = checkpoint(model, x, use_reentrant=reentrant)
     kept = gradients(model, y.square().sum() + nn.kl(model))
-    for a, b in zip(plain, kept, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    # What the repeated forward computed belongs to the backward that repeated it.
+    torch.manual_seed(4)
+    y, inside = checkpoint(lambda x: (model(x), nn.kl(model)), x, use_reentrant=reentrant)
+    both = gradients(model, y.square().sum() + inside)
+    for a, *others in zip(plain, kept, both, strict=True):
+        for b in others:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    # What the forward that was repeated computed may be used too.
     alone = gradients(model, nn.kl(model))
     known = gradients(model, closed(model[0]) + closed(model[2]))
     for a, b in zip(alone, known, strict=True):
@@ -455,6 +463,7 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     losses = []
     for f in (step, compiled):
+        model(x)  # what it holds is not the graph's
         torch.manual_seed(5)
         losses.append((f(x), f(x)))
         assert losses[-1][0] != losses[-1][1]
@@ -499,7 +508,8 @@ def rank_of(rank, port):
             for mine, other in zip(*found, strict=True):
                 torch.distributed.all_reduce(other)
                 torch.testing.assert_close(mine, other / 2, rtol=1e-5, atol=1e-5)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # at once: to take the group's threads down while the other rank does has been seen to hang
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="processes of POSIX")
@@ -548,7 +558,7 @@ def test_removed_weights_stay_removed(alpha):
 
     layer.prune_()
     kept = layer.kept()
-    assert torch.equal(layer.weight != 0, kept)
+    assert torch.equal(layer.weight != 0, kept) and torch.equal(layer.kept(100.0), kept)
     assert layer.kl() < before
     optimizer = torch.optim.Adam(layer.parameters(), 0.1)
     for _ in range(3):
@@ -738,8 +748,7 @@ if __name__ == "__main__":
                 rank_of(rank, sys.argv[1])
             except Exception:
                 traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+            os._exit(1)
         children.append(child)
     codes = [os.waitpid(child, 0)[1] for child in children]
     sys.exit(any(codes))

@@ -125,7 +125,7 @@ class Held:
     """The divergence that the last forward computed beside its draw. It is copied and pickled as nothing."""
 
     def __init__(self) -> None:
-        self._found: tuple[int, int, Tensor, tuple[Tensor, ...], tuple[int, ...]] | None = None
+        self._found: tuple[int, Tensor, tuple[Tensor, ...], tuple[int, ...]] | None = None
         self._number = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -149,7 +149,7 @@ class Held:
         for node in nodes:
             node.register_prehook(forget)
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-        self._found = number, _backward(), total, tensors, tuple(t._version for t in tensors)
+        self._found = number, total, tensors, tuple(t._version for t in tensors)
 
     def take(self, tensors: tuple[Tensor, ...]) -> Tensor | None:
         if not torch.is_grad_enabled():
@@ -157,15 +157,9 @@ class Held:
         found, self._found = self._found, None
         if found is None:
             return None
-        _, backward, total, of, versions = found
+        _, total, of, versions = found
         same = len(of) == len(tensors) and all(a is b for a, b in zip(of, tensors, strict=True))
-        unchanged = same and versions == tuple(t._version for t in tensors)
-        return total if unchanged and backward == _backward() else None
-
-
-def _backward() -> int:
-    """The number of the backward that runs, -1 if none does. What a checkpoint repeats in one serves that one alone."""
-    return torch._C._current_graph_task_id()
+        return total if same and versions == tuple(t._version for t in tensors) else None
 
 
 def holds(layer: nn.Module) -> bool:
