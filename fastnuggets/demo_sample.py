@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
 
 STANDARD = Plan(seeds=5, steps=600, toy_steps=1500, members=5)
-QUICK = Plan(seeds=2, steps=200, toy_steps=500, members=3, toy_seeds=2, calls=5)
+QUICK = Plan(seeds=2, steps=150, toy_steps=400, members=3, toy_seeds=2, calls=3)
 
 
 class Data(NamedTuple):
