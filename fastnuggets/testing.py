@@ -43,7 +43,6 @@ class OpCase:
         differentiable: names of the arguments that have a derivative.
         double_backward: the derivative has one as well.
         data_dependent: an output's size depends on values.
-        cpu_only: its CUDA kernels are still to come.
         synchronises: the host waits for values on the device, so no CUDA graph can hold the op.
         dtypes: the floating types of the inputs.
         any_dtype: names of the arguments that may be half without autocast, which therefore leaves them alone.
@@ -58,7 +57,6 @@ class OpCase:
     double_backward: bool = True
     data_dependent: bool = False
     synchronises: bool = False
-    cpu_only: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     any_dtype: tuple[str, ...] = ()
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: dict(ROUNDING))
@@ -952,7 +950,6 @@ register(
         _scaled_noise_samples,
         _reference_noise,
         ("loc", "scale"),
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("loc", "scale"),
         tolerance=_DRAWN,
@@ -964,7 +961,6 @@ register(
         "fastnuggets::fill_noise_",
         _fill_noise_samples,
         lambda out, loc, scale, *how: loc + _reference_noise(None, torch.full_like(out, scale), *how),
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("out",),
         tolerance=_DRAWN,
@@ -977,7 +973,6 @@ register(
         _normal_samples,
         _reference_normal,
         _NORMAL,
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=_NORMAL,
         tolerance=_DRAWN,
@@ -989,7 +984,6 @@ register(
         "fastnuggets::rsample_normal_backward",
         _normal_backward_samples,
         _reference_normal_backward,
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("grad_z", "grad_var", "grad_kl", *_NORMAL),
         tolerance=_DRAWN,
@@ -1001,7 +995,6 @@ register(
         _gumbel_samples,
         _reference_gumbel_softmax,
         ("logits",),
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("logits",),
         tolerance=_DRAWN,
@@ -1013,7 +1006,6 @@ register(
         "fastnuggets::gumbel_softmax_backward",
         _gumbel_backward_samples,
         lambda grad, soft, tau: soft * (grad - (grad * soft).sum(-1, keepdim=True)) / tau,
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("grad", "soft"),
         tolerance={**_DRAWN, torch.float64: 1e-12},
@@ -1025,7 +1017,6 @@ register(
         _log_uniform_samples,
         lambda x, approximation, event_dims: reference.kl_log_uniform(x, APPROXIMATIONS[approximation], event_dims),
         ("log_alpha",),
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("log_alpha",),
         tolerance={**_DRAWN, torch.float64: 1e-12},
@@ -1037,7 +1028,6 @@ register(
         "fastnuggets::kl_log_uniform_backward",
         _log_uniform_backward_samples,
         _reference_log_uniform_backward,
-        cpu_only=True,
         dtypes=_FLOATING,
         any_dtype=("grad", "log_alpha"),
         tolerance={**_DRAWN, torch.float64: 1e-12},

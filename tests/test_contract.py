@@ -26,16 +26,6 @@ def case(request):
     return CASES[request.param]
 
 
-@pytest.fixture(autouse=True)
-def kernels(request):
-    names = request.fixturenames
-    if "case" not in names or not request.getfixturevalue("case").cpu_only:
-        return
-    of_cuda = request.node.get_closest_marker("skipif") is not None  # needs_cuda
-    if of_cuda or ("device" in names and request.getfixturevalue("device").type == "cuda"):
-        pytest.skip("no CUDA kernels yet")
-
-
 def differentiable(case):
     if not case.differentiable:
         pytest.skip("no derivative")

@@ -231,19 +231,16 @@ __device__ void sum_rows(const R* terms, const Tiles& tiles, const Tile& tile, v
   }
 }
 
-// The sums of rows that came in pieces; a warp takes a row. It adds in order what its lanes have read, 32 at a time.
+// The sums of rows that came in pieces; a warp takes a row.
 template <class R>
 __global__ void __launch_bounds__(kThreads) add_pieces(const double* pieces, Index count, Index rows, R* sums) {
   const Index row = Index(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= rows) return;
   const int lane = int(threadIdx.x) % kWarp;
-  const auto piece = [&](Index p) { return p < count ? pieces[row * count + p] : 0.0; };
-  double total = 0, mine = piece(lane);
-  for (Index first = 0; first < count; first += kWarp) {
-    const double next = piece(first + kWarp + lane);
-    for (int l = 0; l < kWarp; ++l) total += __shfl_sync(kAllLanes, mine, l);
-    mine = next;
-  }
+  double total = 0;
+#pragma unroll 4
+  for (Index p = lane; p < count; p += kWarp) total += pieces[row * count + p];
+  for (int half = kWarp / 2; half > 0; half /= 2) total += __shfl_down_sync(kAllLanes, total, half);
   if (lane == 0) sums[row] = R(total);
 }
 
@@ -323,9 +320,10 @@ struct Grads {
 // `by_std` is what comes of z and of var.
 template <class R>
 __device__ Grads<R> normal_grads(R grad_z, R by_std, R grad_kl, R mean, const Spread<R>& s, R prior_mean, R inverse) {
-  const R q = s.std * inverse, d = (mean - prior_mean) * inverse, weight = grad_kl * inverse;
-  return {{fused(weight, d, grad_z), fused(fused(weight, q, by_std), s.std_slope, -(grad_kl * s.log_slope)),
-           -(weight * d), weight * fused(-d, d, fused(-q, q, R(1)))}};
+  return {{grad_of_mean(grad_z, grad_kl, mean, prior_mean, inverse),
+           grad_of_spread(by_std, grad_kl, s.std, s.std_slope, s.log_slope, inverse),
+           grad_of_prior_mean(grad_kl, mean, prior_mean, inverse),
+           grad_of_prior_std(grad_kl, mean, s.std, prior_mean, inverse)}};
 }
 
 template <class S>

@@ -21,6 +21,7 @@ FN_HD double root(double x) { return sqrt(x); }
 // ---- logarithm and exponential, in plain arithmetic that the compiler can vectorise
 
 FN_HD double log_(double x) { return log(x); }
+FN_HD double log_normal_number(double x) { return log(x); }
 FN_HD double exp_(double x) { return exp(x); }
 
 // ln x of a positive float that is neither subnormal nor infinite.
@@ -78,11 +79,10 @@ FN_HD float exp_(float x) {
   return p * exact::value((half + 127u) << 23) * exact::value((k - half + 127u) << 23);
 }
 
-// ln(1 + x) for x in [0, 1].
+// ln(1 + x) for x in [0, 1], given 1 + x as rounded and the inverse of that.
 template <class R>
-FN_HD R log1p_(R x) {
-  const R u = R(1) + x;
-  return log_(u) + (x - (u - R(1))) / u;
+FN_HD R log1p_(R x, R above, R inverse) {
+  return fused(x - (above - R(1)), inverse, log_normal_number(above));
 }
 
 // ---- noise
@@ -99,6 +99,9 @@ struct Parameter {
   }
 };
 
+// u is inside (0, 1), so the exponential is neither 0 nor infinite.
+FN_HD float gumbel_of(float exponential) { return -log_normal_number(exponential); }
+
 // Noise of one random word; normals pair words and are normal.h's, masks share them.
 template <Kind kind>
 FN_HD float noise_of(std::uint32_t word) {
@@ -108,8 +111,8 @@ FN_HD float noise_of(std::uint32_t word) {
     return exact::value(exact::bits(0.5f * minus_two_log(word << 1)) ^ (word & 0x80000000u));
   } else if constexpr (kind == Kind::logistic) {  // ln u - ln(1 - u)
     return 0.5f * (minus_two_log(~word) - minus_two_log(word));
-  } else if constexpr (kind == Kind::gumbel) {  // -ln(-ln u); u is inside (0, 1), so -ln u is neither 0 nor infinite
-    return -log_normal_number(0.5f * minus_two_log(word));
+  } else if constexpr (kind == Kind::gumbel) {  // -ln(-ln u)
+    return gumbel_of(noise_of<Kind::exponential>(word));
   } else if constexpr (kind == Kind::exponential) {
     return 0.5f * minus_two_log(word);
   } else {
@@ -123,6 +126,31 @@ FN_HD float noise_of(std::uint32_t word) {
 constexpr int kKeepGroup = 2 * kPhiloxBlock;
 FN_HD float keep(std::uint32_t half, const Parameter& parameter) {
   return std::int32_t(half) < parameter.threshold ? parameter.value : 0.0f;
+}
+
+// ---- softplus, ln(1 + exp x), in steps: each is a loop of its own on the CPU
+
+template <class R>
+FN_HD R exp_of_minus_size(R x) {
+  return exp_(x < R(0) ? x : -x);
+}
+template <class R>
+FN_HD R softplus(R x, R e) {
+  const R above = R(1) + e;
+  return (x > R(0) ? x : R(0)) + log1p_(e, above, R(1) / above);
+}
+template <class R>
+FN_HD R softplus_slope(R x, R e) {
+  return (x < R(0) ? e : R(1)) / (R(1) + e);
+}
+// Far below 0 the softplus is exp(x), which underflows before its logarithm does.
+template <class R>
+FN_HD R log_softplus(R x, R softplus) {
+  return x < R(-16) ? x : log_normal_number(softplus);
+}
+template <class R>
+FN_HD R log_softplus_slope(R x, R softplus, R slope) {
+  return x < R(-16) ? R(1) : slope / softplus;
 }
 
 // ---- normals: the width, its logarithm, and the derivatives of both with respect to what says it
@@ -148,12 +176,8 @@ FN_HD Spread<R> spread_of(R x) {
     const R std = root(var);
     return {std, R(0.5) * log_(var), var > R(0) ? R(0.5) / std : R(0), R(0.5) / var};
   } else {
-    const R e = exp_(x < R(0) ? x : -x);
-    const R std = (x > R(0) ? x : R(0)) + log1p_(e);
-    const R slope = (x < R(0) ? e : R(1)) / (R(1) + e);
-    // Far below 0 the softplus is exp(x), which underflows before its logarithm does.
-    const bool far = x < R(-16);
-    return {std, far ? x : log_(std), slope, far ? R(1) : slope / std};
+    const R e = exp_of_minus_size(x), std = softplus(x, e), slope = softplus_slope(x, e);
+    return {std, log_softplus(x, std), slope, log_softplus_slope(x, std, slope)};
   }
 }
 
@@ -173,23 +197,42 @@ FN_HD R normal_kl(R mean, R std, R log, R prior_mean, R inverse, R prior_log) {
   return fused(R(0.5), fused(d, d, (q - R(1)) * (q + R(1))), prior_log - log);
 }
 
+// Gradients, given that of the divergence and what reaches mean and std by the other outputs.
+template <class R>
+FN_HD R grad_of_mean(R by_mean, R grad_kl, R mean, R prior_mean, R inverse) {
+  return fused(grad_kl * inverse, (mean - prior_mean) * inverse, by_mean);
+}
+template <class R>
+FN_HD R grad_of_spread(R by_std, R grad_kl, R std, R std_slope, R log_slope, R inverse) {
+  return fused(fused(grad_kl * inverse, std * inverse, by_std), std_slope, -(grad_kl * log_slope));
+}
+template <class R>
+FN_HD R grad_of_prior_mean(R grad_kl, R mean, R prior_mean, R inverse) {
+  return -(grad_kl * inverse * ((mean - prior_mean) * inverse));
+}
+template <class R>
+FN_HD R grad_of_prior_std(R grad_kl, R mean, R std, R prior_mean, R inverse) {
+  const R q = std * inverse, d = (mean - prior_mean) * inverse;
+  return grad_kl * inverse * fused(-d, d, fused(-q, q, R(1)));
+}
+
 // ---- log-uniform prior
 
 template <class R>
 FN_HD R sigmoid(R x) {
-  const R e = exp_(x < R(0) ? x : -x);
-  return (x < R(0) ? e : R(1)) / (R(1) + e);
+  return softplus_slope(x, exp_of_minus_size(x));
 }
 template <class R>
 FN_HD R softplus(R x) {
-  return (x > R(0) ? x : R(0)) + log1p_(exp_(x < R(0) ? x : -x));
+  return softplus(x, exp_of_minus_size(x));
 }
 
 template <Approximation approximation, class R>
 FN_HD R log_uniform_kl(R log_alpha) {
   if constexpr (approximation == Approximation::molchanov) {
-    const R s = sigmoid(fused(R(kMolchanov[2]), log_alpha, R(kMolchanov[1])));
-    return fused(R(kMolchanov[0]), R(1) - s, R(0.5) * softplus(-log_alpha));
+    constexpr R k1 = R(kMolchanov[0]), k2 = R(kMolchanov[1]), k3 = R(kMolchanov[2]);
+    const R s = sigmoid(fused(k3, log_alpha, k2));
+    return fused(k1, R(1) - s, R(0.5) * softplus(-log_alpha));
   } else if constexpr (approximation == Approximation::kingma) {
     const R a = exp_(log_alpha);
     const R p = fused(fused(R(-kKingma[2]), a, R(-kKingma[1])), a, R(-kKingma[0]));
@@ -203,8 +246,9 @@ FN_HD R log_uniform_kl(R log_alpha) {
 template <Approximation approximation, class R>
 FN_HD R log_uniform_slope(R log_alpha) {
   if constexpr (approximation == Approximation::molchanov) {
-    const R s = sigmoid(fused(R(kMolchanov[2]), log_alpha, R(kMolchanov[1])));
-    return fused(R(-kMolchanov[0] * kMolchanov[2]) * s, R(1) - s, R(-0.5) * sigmoid(-log_alpha));
+    constexpr R k2 = R(kMolchanov[1]), k3 = R(kMolchanov[2]), slope = R(-kMolchanov[0] * kMolchanov[2]);
+    const R s = sigmoid(fused(k3, log_alpha, k2));
+    return fused(slope * s, R(1) - s, R(-0.5) * sigmoid(-log_alpha));
   } else if constexpr (approximation == Approximation::kingma) {
     const R a = exp_(log_alpha);
     const R p = fused(fused(R(-3 * kKingma[2]), a, R(-2 * kKingma[1])), a, R(-kKingma[0]));
