@@ -195,7 +195,14 @@ RECYCLING = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 FEATURES = 8  # of the output that are compared
 # Products of 4096 float32 numbers. Seen: 4.6e-7.
 LAYER_TOLERANCE = 3e-6
-SAMPLINGS = {"weight": "weight sampling", "local": "local", "flipout": "flipout"}
+# A softplus is what bayesian-torch and blitz store; an exponential, our default, is torchbnn's.
+LAYERS = {
+    "weight sampling": ("weight", "log_std"),
+    "weight sampling, softplus": ("weight", "rho"),
+    "local": ("local", "log_std"),
+    "local, softplus": ("local", "rho"),
+    "flipout": ("flipout", "log_std"),
+}
 
 
 def layer_run(
@@ -221,8 +228,8 @@ def layer_group(device: str, width: int, batch: int) -> Iterator[Contender | Mis
     size = f"{width} x {width}"
     plain = nn.Linear(width, width, bias=False, device=device)
     yield Contender(f"nn.Linear, {size}", layer_run(plain, x, weight, lambda m, x: [m(x)]))
-    for sampling, title in SAMPLINGS.items():
-        layer = BayesLinear(width, width, bias=False, sampling=sampling, init_std=0.05, device=device)
+    for title, (sampling, form) in LAYERS.items():
+        layer = BayesLinear(width, width, bias=False, sampling=sampling, form=form, init_std=0.05, device=device)
         run = layer_run(layer, x, weight, lambda m, x: [m(x, key=SEED), kl(m)])
         yield Contender(f"ours, {title}, {size}", run, layer_error(layer, x, weight), LAYER_TOLERANCE)
     for name, make in LAYER_PEERS.items():
@@ -231,7 +238,7 @@ def layer_group(device: str, width: int, batch: int) -> Iterator[Contender | Mis
         except ImportError as error:
             yield Missing(f"{name}, {size}", str(error).splitlines()[0])
             continue
-        ours = SAMPLINGS["flipout" if "Flipout" in name else "weight"]
+        ours = "flipout" if "Flipout" in name else "weight sampling"
         run = layer_run(module.to(device), x, weight, forward)
         yield Contender(f"{name}, {size}", run, against=f"ours, {ours}, {size}")
 
@@ -240,25 +247,26 @@ def layer_error(layer: BayesLinear, x: Tensor, weight: Tensor) -> Callable[[Any]
     """Compares the first features of the output, the gradients of their weights and the KL with the definition."""
 
     def error(result: Any) -> float:
-        (output, divergence), (_, by_mean, by_rho) = result
-        mean, rho = (p.detach().cpu().double() for p in (layer.weight, layer.weight_rho))
-        expected_kl = reference.kl_normal(mean, rho, "rho", event_dims=2)
-        few = [t[:FEATURES].requires_grad_() for t in (mean, rho)]
-        expected = layer_definition(layer.sampling, x.detach().cpu().double(), *few, layer.out_features)
-        total = (expected * weight.cpu()[:, :FEATURES]).sum() + reference.kl_normal(*few, "rho", event_dims=2)
+        (output, divergence), (_, by_mean, by_spread) = result
+        form = layer.form
+        mean, spread = (p.detach().cpu().double() for p in (layer.weight, getattr(layer, f"weight_{form}")))
+        expected_kl = reference.kl_normal(mean, spread, form, event_dims=2)
+        few = [t[:FEATURES].requires_grad_() for t in (mean, spread)]
+        std = reference.std_of(few[1], form)
+        expected = layer_definition(layer.sampling, x.detach().cpu().double(), few[0], std, layer.out_features)
+        total = (expected * weight.cpu()[:, :FEATURES]).sum() + reference.kl_normal(*few, form, event_dims=2)
         gradients = torch.autograd.grad(total, few)
-        found = [t.cpu()[:FEATURES] for t in (by_mean, by_rho)]
+        found = [t.cpu()[:FEATURES] for t in (by_mean, by_spread)]
         pairs = [(output.cpu()[:, :FEATURES], expected), (divergence.cpu(), expected_kl)]
         return worst(pairs + list(zip(found, gradients, strict=True)))
 
     return error
 
 
-def layer_definition(sampling: str, x: Tensor, mean: Tensor, rho: Tensor, out_features: int) -> Tensor:
+def layer_definition(sampling: str, x: Tensor, mean: Tensor, std: Tensor, out_features: int) -> Tensor:
     """The first features, of the first rows of the weights, in float64."""
     key = ops.noise_key(key=SEED)
     size = len(x), out_features
-    std = F.softplus(rho)
     if sampling == "local":
         noise = reference.noise(key, "normal", size)[:, : len(mean)]
         return x @ mean.T + (x**2 @ (std**2).T).sqrt() * noise
@@ -304,8 +312,7 @@ def layer_gates(width: int) -> list[Gate]:
     size = f"{width} x {width}"
     plain, peers = f"nn.Linear, {size}", tuple(f"{name}, {size}" for name in LAYER_PEERS)
     made = []
-    for sampling, most, least in (("weight", 1.6, 2.3), ("local", 2.3, 1.6)):
-        title = SAMPLINGS[sampling]
+    for title, most, least in (("weight sampling", 1.6, 2.3), ("local", 2.3, 1.6)):
         mine = f"ours, {title}, {size}"
         made.append(Gate(f"Bayesian linear, {title}, in nn.Linear", mine, plain, (most, most), at_most=True))
         made.append(Gate(f"Bayesian linear, {title}, against the fastest peer", peers, mine, (least, least)))
@@ -318,13 +325,18 @@ def groups(device: str, quick: bool) -> list[Group]:
     width, batch = (64, 16) if quick else (4096, 128)
     per_second = 1e9 / n
 
-    def draw_gates(shape: tuple[int, int]) -> list[Gate]:
-        size = f"{shape[0]} x {shape[1]}"
+    recycling = RECYCLING if device == "cpu" else {}
+
+    def draws(name: str, shape: tuple[int, int], *, every: bool = False, kept: bool = False) -> Group:
+        size, where = f"{shape[0]} x {shape[1]}", ", memory kept" if kept else ""
         mine = f"ours, z and KL, {size}"
-        return [
-            Gate(f"z and KL, {size}, against eager", f"eager, {size}", mine, (4, 5.5)),
-            Gate(f"z and KL, {size}, against torch.distributions", f"torch.distributions, {size}", mine, (6, 7.5)),
+        gates = [
+            Gate(f"z and KL, {size}{where}, against {other}", f"{other}, {size}", mine, goals)
+            for other, goals in (("eager", (4, 5.5)), ("torch.distributions", (6, 7.5)))
         ]
+        title = f"z and KL, {shape}, forward and backward" + ("; freed memory is kept and used again" if kept else "")
+        return Group(name, title, lambda: draw_group(device, shape, every), gates,
+                     environment=recycling if kept else {})  # fmt: skip
 
     made = [
         Group(
@@ -333,10 +345,9 @@ def groups(device: str, quick: bool) -> list[Group]:
             lambda: noise_group(device, n),
             [Gate(f"fills with {n} normals a second", "ours, normal", None, (per_second / 1.0, per_second / 0.55))],
         ),
-        Group("draw", f"z and KL, {medium}, forward and backward", lambda: draw_group(device, medium, True),
-              draw_gates(medium)),
-        Group("draw large", f"z and KL, {large}, forward and backward", lambda: draw_group(device, large, False),
-              draw_gates(large)),
+        draws("draw", medium, every=True),
+        draws("draw large", large),
+        draws("draw large kept", large, kept=True),
         Group(
             "masks",
             f"Noise on {medium}, forward and backward",
@@ -352,7 +363,7 @@ def groups(device: str, quick: bool) -> list[Group]:
             "freed memory is kept and used again",
             lambda: layer_group(device, width, batch),
             layer_gates(width),
-            environment=RECYCLING if device == "cpu" else {},
+            environment=recycling,
         ),
     ]  # fmt: skip
     return [replace(group, family="sample") for group in made]

@@ -66,7 +66,7 @@ def signed(plain, x, i):
 
 
 def bayes(layer, plain, x):
-    std, bias_std = (None if s is None else F.softplus(s) for s in (layer.weight_rho, layer.bias_rho))
+    std, bias_std = (None if s is None else s.exp() for s in (layer.weight_log_std, layer.bias_log_std))
     weight, bias = layer.weight, layer.bias
     if layer.sampling == "local":
         mean = call(plain, x, weight, bias)
@@ -127,7 +127,7 @@ def test_the_first_deviation_is_a_tenth_of_the_bound_of_the_means():
         torch.testing.assert_close(layer.weight_std, torch.full_like(layer.weight, 0.1 / 8), rtol=1e-6, atol=0)
         with torch.no_grad():
             layer.weight.fill_(7)
-            layer.weight_rho.fill_(7)
+            layer.weight_log_std.fill_(7)
         layer.reset_parameters()
         assert layer.weight.abs().max() <= 1 / 8
         torch.testing.assert_close(layer.weight_std, torch.full_like(layer.weight, 0.1 / 8), rtol=1e-6, atol=0)
@@ -249,9 +249,9 @@ def passes(monkeypatch):
 
 def closed(layer):
     return sum(
-        reference.kl_normal(mean, F.softplus(rho), "std", layer.prior_mean, layer.prior_std).sum()
-        for mean, rho in ((layer.weight, layer.weight_rho), (layer.bias, layer.bias_rho))
-        if rho is not None
+        reference.kl_normal(mean, log_std.exp(), "std", layer.prior_mean, layer.prior_std).sum()
+        for mean, log_std in ((layer.weight, layer.weight_log_std), (layer.bias, layer.bias_log_std))
+        if log_std is not None
     )
 
 
@@ -287,7 +287,7 @@ def test_what_makes_the_divergence_be_computed_anew(sampling, passes):
     def changed():
         layer(x)
         with torch.no_grad():
-            layer.weight_rho.add_(0.1)
+            layer.weight_log_std.add_(0.1)
 
     def replaced():
         layer(x)
@@ -315,8 +315,8 @@ def test_what_makes_the_divergence_be_computed_anew(sampling, passes):
         k = nn.kl(layer)
         assert len(passes) == 1
         torch.testing.assert_close(k, closed(layer), rtol=1e-12, atol=0)
-        grads = torch.autograd.grad(k, [layer.weight, layer.weight_rho])
-        known = torch.autograd.grad(closed(layer), [layer.weight, layer.weight_rho])
+        grads = torch.autograd.grad(k, [layer.weight, layer.weight_log_std])
+        known = torch.autograd.grad(closed(layer), [layer.weight, layer.weight_log_std])
         for a, b in zip(grads, known, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     layer(x)
@@ -337,7 +337,7 @@ def test_reductions_sum_over_layers_and_shared_weights_count_once():
         torch.testing.assert_close(nn.kl(model), expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(nn.kl(model, reduction="mean"), expected / 36, rtol=1e-6, atol=0)
         model(x)
-    second.weight, second.weight_rho = first.weight, first.weight_rho
+    second.weight, second.weight_log_std = first.weight, first.weight_log_std
     first.bayesian_bias = False
     model(x)
     torch.testing.assert_close(nn.kl(model[:2]), first.kl(), rtol=1e-6, atol=0)
@@ -485,7 +485,7 @@ def test_a_compiled_forward_and_the_divergence_outside():
         layer.zero_grad()
         (forward(x).sum() + nn.kl(forward)).backward()
         torch.testing.assert_close(nn.kl(layer), closed(layer), rtol=1e-6, atol=0)
-        assert layer.weight_rho.grad.all()
+        assert layer.weight_log_std.grad.all()
 
 
 def rank_of(rank, port):
@@ -624,9 +624,9 @@ def test_models_become_bayesian_in_place():
         *("BayesConv1d", "ReLU", "BayesLinear", "BayesLinear", "Odd", "BayesLinear")
     ]
     assert optimized[0] is model[0].weight and optimized[1] is model[2].weight is model[3].weight
-    assert model[3].weight_rho is model[2].weight_rho
-    assert model[0].weight_rho.dtype == torch.float64
-    assert not model[5].weight_rho.requires_grad and model[5].bias_rho.requires_grad
+    assert model[3].weight_log_std is model[2].weight_log_std
+    assert model[0].weight_log_std.dtype == torch.float64
+    assert not model[5].weight_log_std.requires_grad and model[5].bias_log_std.requires_grad
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
     torch.testing.assert_close(model[5].weight_std, torch.full((2, 8), 0.01), rtol=1e-5, atol=0)
     assert torch.equal(model[0].eval()(x), expected)
@@ -641,10 +641,10 @@ def test_a_plain_checkpoint_loads_and_so_does_a_new_one():
         model = nn.bayesianize(plain, inplace=False, prior=prior, init_std=lambda w: 0.1 * w.abs(), bayesian_bias=True)
         assert type(plain[2]) is torch.nn.Linear
         torch.testing.assert_close(model[5].weight_std, 0.1 * plain[5].weight.abs(), rtol=1e-5, atol=1e-8)
-        rho = model[5].weight_rho.detach().clone()
+        rho = model[5].weight_log_std.detach().clone()
         model.load_state_dict({k: v + 1 for k, v in plain.state_dict().items()})
         assert torch.equal(model[5].weight, plain[5].weight + 1)
-        assert torch.equal(model[5].weight_rho, rho)
+        assert torch.equal(model[5].weight_log_std, rho)
         (model[2](torch.randn(1, 8)).sum() + nn.kl(model)).backward()
         other = nn.bayesianize(network())
         other = nn.bayesianize(network(), bayesian_bias=True)
@@ -716,7 +716,7 @@ def test_sampling_reaches_into_torchs_transformers():
     ("what", "message"),
     [
         (lambda: nn.BayesLinear(2, 2, sampling="loc"), "sampling must be one of local, weight, flipout, got 'loc'"),
-        (lambda: nn.BayesLinear(2, 2, form="std"), "form must be one of rho, logvar, log_std, got 'std'"),
+        (lambda: nn.BayesLinear(2, 2, form="std"), "form must be one of log_std, logvar, rho, got 'std'"),
         (lambda: nn.BayesLinear(2, 2, prior_std=0.0), "prior_std must be above 0, got 0.0"),
         (lambda: nn.BayesLinear(2, 2, init_std=-1.0), "init_std must be above 0, got -1.0"),
         (lambda: nn.VarianceLinear(2, 2, noise="gumbel"), "noise must be one of normal, bernoulli, uniform, got 'gumb"),

@@ -47,7 +47,7 @@ def give(monkeypatch):
 
 def make(kind=BayesLinear, sizes=(9, 5), rho=-1.0, **options):
     """One of ours with a random bias; its deviations differ."""
-    layer = kind(*sizes, bayesian_bias=True, **{"sampling": "weight", **options})
+    layer = kind(*sizes, bayesian_bias=True, **{"sampling": "weight", "form": "rho", **options})
     with torch.no_grad():
         for spread in [p for name, p in layer.named_parameters() if name not in ("weight", "bias")]:
             spread.uniform_(rho - 0.5, rho + 0.5)

@@ -17,7 +17,7 @@ from fastnuggets.ops.sample import Key
 
 SAMPLINGS = ("local", "weight", "flipout")
 # Those of the op's forms that any real number is right for.
-FORMS = ("rho", "logvar", "log_std")
+FORMS = ("log_std", "logvar", "rho")
 
 
 class Bayes(Posterior):
@@ -36,7 +36,7 @@ class Bayes(Posterior):
         prior_mean: float = 0.0,
         prior_std: float = 1.0,
         init_std: float | None = None,
-        form: str = "rho",
+        form: str = "log_std",
         bayesian_bias: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -175,8 +175,8 @@ class BayesLinear(Bayes, nn.Linear):
         prior_mean, prior_std: of the Gaussian prior of each weight.
         init_std: the first standard deviation; default 0.1 / sqrt(fan_in), a tenth of the bound within which torch
             draws the means, so that a new layer, however wide, starts as one with a little noise.
-        form: how the deviation is stored, as the parameter ``weight_<form>``: ``"rho"``, std = ln(1 + exp(rho));
-            ``"logvar"``; ``"log_std"``.
+        form: how the deviation is stored, as the parameter ``weight_<form>``: ``"log_std"``; ``"logvar"``; ``"rho"``,
+            std = ln(1 + exp(rho)), which for small deviations is log_std at the price of a logarithm more.
         bayesian_bias: the bias is random too, with ``bias_<form>``. By default it is a plain parameter: it is few of
             the weights, well determined, and a plain checkpoint's.
 
@@ -225,7 +225,7 @@ def bayesianize(
     prior: str = "standard",
     prior_std: float = 1.0,
     init_std: float | Callable[[Tensor], Tensor] | None = None,
-    form: str = "rho",
+    form: str = "log_std",
     bayesian_bias: bool = False,
     skip: Iterable[str] | Callable[[str, nn.Module], bool] = (),
     inplace: bool = True,
