@@ -4,7 +4,8 @@
 with offset 0; or, by default, nothing: then two numbers are drawn from torch's generator of that device, or from the
 ``generator`` that is given, which advances. So ``torch.manual_seed``, checkpointing, CUDA graphs and ``torch.compile``
 treat it as they treat any random op of torch. A CPU generator gives the same numbers on every device. The kernels read
-the key from the device's memory: nothing synchronises, unless the generator is a CPU's and the device is not.
+the key from the device's memory: nothing synchronises, unless the generator is a CPU's and the device is not. Keys that
+differ, in whichever number, are independent streams: ranks, members of an ensemble or steps may count the offset on.
 
 **The noise.** Element i of a call, in the row-major order of the output's shape, is element i of the key's stream
 (``fastnuggets.reference.noise`` gives it in float64): the same bits for any strides, any number of threads and any
@@ -16,7 +17,7 @@ leaves them as they are. Sums (KL) of half types are float32.
 
 **Promises.** Differentiable in reverse mode to any order, unless a docstring says otherwise; a forward-mode tangent is
 an error. Saved for backward: the inputs that the derivative needs and the 16 bytes of the key. Deterministic, does not
-synchronise, has no graph breaks.
+synchronise, has no graph breaks. ``torch.func.vmap`` runs a call in a loop; the other transforms of torch.func refuse.
 
 Errors are ValueError or TypeError that name the argument, what it must be and what it was.
 """
