@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from fastnuggets.molecules.files import need
-from fastnuggets.parts import Parts, one_thread, seeds, settings
+from fastnuggets.parts import Parts, command, one_thread, settings
 from fastnuggets.training import (
     Curve,
     FastGeometricEnsemble,
@@ -132,44 +130,16 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    args = _parser().parse_args(argv)
-    missing = [name for name in ("sklearn", "tqdm", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastnuggets[demo]'")
-    plan = QUICK if args.quick else STANDARD
-    plan = plan._replace(seeds=args.seeds or plan.seeds)
-    cache = args.out / "average"
-    try:
-        result = run(plan, cache, fresh=args.fresh)
-    except KeyboardInterrupt:
-        print(f"\nfastnuggets: interrupted; what is done is kept in {cache}. The same command goes on", file=sys.stderr)
-        return 130
-    from fastnuggets import report_average
-
-    page = report_average.write(result, args.out)
-    print(f"{page}: open it in a browser ({result.seconds:.0f} s, {result.reused} of {result.parts} parts reused)")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastnuggets demo average",
+    return command(
+        "average",
+        argv,
+        run,
+        (STANDARD, QUICK),
         description="A small network learns handwritten digits from few and partly wrong labels, and from many clean "
         "ones. With the same number of training steps: the last iterate, EMA, SWA, SWAG, a snapshot ensemble and FGE, "
         "side by side over several seeds. Writes OUT/average.html, a page that needs no network.",
-        epilog="Ctrl-C keeps every seed that is done in OUT/average; the same command goes on from there.",
+        repeated="splits, wrong labels, weights and batches to repeat all with",
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: under a minute")
-    parser.add_argument(
-        "--seeds",
-        type=seeds,
-        metavar="N",
-        help=f"splits, wrong labels, weights and batches to repeat all with, at least 2 "
-        f"(default {STANDARD.seeds}, with --quick {QUICK.seeds})",
-    )
-    parser.add_argument("--fresh", action="store_true", help="compute everything again")
-    return parser
 
 
 def run(plan: Plan, cache: Path, *, fresh: bool = False) -> Result:

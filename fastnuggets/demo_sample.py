@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fastnuggets import nn, ops
 from fastnuggets.demo_average import predict, score
 from fastnuggets.molecules.files import need
-from fastnuggets.parts import Parts, one_thread, seeds, settings
+from fastnuggets.parts import Parts, command, one_thread, settings
 
 CORNERS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # the centres of the toy's classes
 TOY_PASSES = (1, 2, 5, 10, 20, 50, 100)
@@ -111,46 +109,18 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    args = _parser().parse_args(argv)
-    missing = [name for name in ("sklearn", "tqdm", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastnuggets[demo]'")
-    plan = QUICK if args.quick else STANDARD
-    plan = plan._replace(seeds=args.seeds or plan.seeds)
-    cache = args.out / "sample"
-    try:
-        result = run(plan, cache, fresh=args.fresh)
-    except KeyboardInterrupt:
-        print(f"\nfastnuggets: interrupted; what is done is kept in {cache}. The same command goes on", file=sys.stderr)
-        return 130
-    from fastnuggets import report_sample
-
-    page = report_sample.write(result, args.out)
-    print(f"{page}: open it in a browser ({result.seconds:.0f} s, {result.reused} of {result.parts} parts reused)")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastnuggets demo sample",
+    return command(
+        "sample",
+        argv,
+        run,
+        (STANDARD, QUICK),
         description="Four classes are told apart by a layer whose weights are nothing but noise. Then a small network "
         "learns eight of ten handwritten digits from few images: plain, with weight decay, as an ensemble, with "
         "dropout that is sampled, with Gaussian weights; and each says how sure it is of what it knows, and of what it "
         "has never seen. Last, the noise itself. Writes OUT/sample.html, a page that needs no network, and its figures "
         "in OUT/sample.json.",
-        epilog="Ctrl-C keeps every seed that is done in OUT/sample; the same command goes on from there.",
+        repeated="held-out digits, splits, weights and batches to repeat the digits with",
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: under a minute")
-    parser.add_argument(
-        "--seeds",
-        type=seeds,
-        metavar="N",
-        help=f"held-out digits, splits, weights and batches to repeat the digits with, at least 2 "
-        f"(default {STANDARD.seeds}, with --quick {QUICK.seeds})",
-    )
-    parser.add_argument("--fresh", action="store_true", help="compute everything again")
-    return parser
 
 
 def run(plan: Plan, cache: Path, *, fresh: bool = False) -> Result:

@@ -1,4 +1,4 @@
-"""Parts of a demo, each kept in a folder when it is done: after Ctrl-C the same command goes on."""
+"""The command of a demo that is made of parts, each kept when it is done: after Ctrl-C the same command goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,68 @@ import torch
 
 from fastnuggets import __version__
 from fastnuggets.molecules.files import atomic_write
+
+
+def command(
+    name: str,
+    argv: Sequence[str] | None,
+    run: Callable[..., Any],
+    plans: tuple[Any, Any],
+    *,
+    description: str,
+    repeated: str,
+) -> int:
+    """``fastnuggets demo NAME``: runs it and has ``report_NAME`` write the page; returns the exit code.
+
+    Args:
+        run: (plan, folder of the parts, fresh=) -> a result with `seconds`, `reused` and `parts`.
+        plans: the standard and the quick one; each has a field `seeds`.
+        repeated: what a seed changes.
+    """
+    standard, quick = plans
+    args = _parser(name, standard, quick, description, repeated).parse_args(argv)
+    missing = [package for package in ("sklearn", "tqdm", "matplotlib") if find_spec(package) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)}: not installed; pip install 'fastnuggets[demo]'")
+    plan = quick if args.quick else standard
+    plan = plan._replace(seeds=args.seeds or plan.seeds)
+    cache = args.out / name
+    try:
+        result = run(plan, cache, fresh=args.fresh)
+    except KeyboardInterrupt:
+        print(f"\nfastnuggets: interrupted; what is done is kept in {cache}. The same command goes on", file=sys.stderr)
+        return 130
+    page = import_module(f"fastnuggets.report_{name}").write(result, args.out)
+    print(f"{page}: open it in a browser ({result.seconds:.0f} s, {result.reused} of {result.parts} parts reused)")
+    return 0
+
+
+def _parser(name: str, standard: Any, quick: Any, description: str, repeated: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"fastnuggets demo {name}",
+        description=description,
+        epilog=f"Ctrl-C keeps every seed that is done in OUT/{name}; the same command goes on from there.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: under a minute")
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N",
+        help=f"{repeated}, at least 2 (default {standard.seeds}, with --quick {quick.seeds})",
+    )
+    parser.add_argument("--fresh", action="store_true", help="compute everything again")
+    return parser
+
+
+def _seeds(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 2 to show a spread, got {text!r}")
+    return number
 
 
 class Parts:
@@ -79,14 +143,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def seeds(text: str) -> int:
-    """A number of seeds from the command line."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 2 to show a spread, got {text!r}")
-    return number

@@ -170,7 +170,7 @@ def test_unknown_demo_is_named_and_help_shows_all(capsys):
 
 
 def test_missing_package_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo_average, "find_spec", lambda name: None if name == "sklearn" else name)
+    monkeypatch.setattr("fastnuggets.parts.find_spec", lambda name: None if name == "sklearn" else name)
     assert cli.main(["demo", "average", "--out", str(tmp_path)]) == cli.FAILED
     assert "sklearn: not installed; pip install 'fastnuggets[demo]'" in capsys.readouterr().err
 

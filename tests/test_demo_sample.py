@@ -177,7 +177,7 @@ def test_bad_number_of_seeds_is_named(value, capsys):
 
 
 def test_missing_package_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo_sample, "find_spec", lambda name: None if name == "sklearn" else name)
+    monkeypatch.setattr("fastnuggets.parts.find_spec", lambda name: None if name == "sklearn" else name)
     assert cli.main(["demo", "sample", "--out", str(tmp_path)]) == cli.FAILED
     assert "sklearn: not installed; pip install 'fastnuggets[demo]'" in capsys.readouterr().err
 
