@@ -390,11 +390,15 @@ def _together(**given: Tensor | float) -> list[Tensor]:
 def _with_prior(
     mean: Tensor, spread: Tensor, prior_mean: Tensor | float, prior_std: Tensor | float
 ) -> list[Tensor | None]:
-    given: dict[str, Tensor | float] = {"mean": mean, "spread": spread}
     # The standard normal needs no tensors.
-    if not (isinstance(prior_mean, (int, float)) and prior_mean == 0):
+    centred = not isinstance(prior_mean, Tensor) and prior_mean == 0
+    unit = not isinstance(prior_std, Tensor) and prior_std == 1
+    if centred and unit:
+        return [*_together(mean=mean, spread=spread), None, None]
+    given: dict[str, Tensor | float] = {"mean": mean, "spread": spread}
+    if not centred:
         given["prior_mean"] = prior_mean
-    if not (isinstance(prior_std, (int, float)) and prior_std == 1):
+    if not unit:
         if isinstance(prior_std, (int, float)) and prior_std <= 0:
             raise ValueError(f"prior_std must be above 0, got {prior_std}")
         given["prior_std"] = prior_std
