@@ -406,7 +406,8 @@ struct Priors {
 
   // A constant prior is worked out once.
   FN_BODY Priors(const Normal& how) {
-    if (how.prior_std.data == nullptr || how.prior_std.constant) fill(how, 0, std::min(kChunk, how.shape.rows * how.shape.n));
+    if (how.prior_std.data == nullptr || how.prior_std.constant)
+      fill(how, 0, std::min(kChunk, how.shape.rows * how.shape.n));
   }
   FN_BODY void at(const Normal& how, Index at, Index n) {
     mean = loaded<level>(how.prior_mean, how.dtype, at, n, means);
