@@ -34,11 +34,16 @@ def chart(width: float, height: float) -> tuple[Any, Any]:
     plots = pyplot()
     plots.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "0"})
     figure, axis = plots.subplots(figsize=(width, height))
+    bare(axis)
+    return figure, axis
+
+
+def bare(axis: Any) -> None:
+    """The page's style: no frame, a faint grid, the text's colour."""
     axis.tick_params(colors=INK, length=0)
     axis.grid(color=INK, alpha=0.12, linewidth=0.8)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    return figure, axis
 
 
 def svg(figure: Any, label: str) -> str:

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -214,17 +214,8 @@ def write(result: Result, out: Path) -> Path:
         "convolutional_last": _mean(result, CONVOLUTIONAL.name, BASE, ACCURACY),
         "dense_last": _mean(result, NOISY.name, BASE, ACCURACY),
         "dense_swa": _mean(result, NOISY.name, "swa", ACCURACY),
-        "few_seeds": " With so few seeds most differences cannot be told from chance." if plan.seeds < 4 else "",
-        "bins": BINS,
-        "bin_least": LEAST,
-        "confidence": f"{100 * CONFIDENCE:g}",
         "momentum": MOMENTUM,
-        "last_seed": plan.seeds - 1,
-        "seconds": duration(result.seconds),
-        "reused": result.reused,
-        "parts": result.parts,
-        "machine": html.escape(f"{platform.machine()}, {os.cpu_count()} cores"),
-        "versions": html.escape(f"fastnuggets {__version__}, torch {torch.__version__}"),
+        **common_fields(result),
     }
     for name, task in (("noisy", NOISY), ("convolutional", CONVOLUTIONAL), ("clean", CLEAN)):
         charts = (_difference_chart(result, task.name, metric) for metric in (ACCURACY, NLL))
@@ -239,6 +230,22 @@ def write(result: Result, out: Path) -> Path:
 
 
 # Numbers
+
+
+def common_fields(result: Any) -> dict[str, Any]:
+    """What every page of repeated trainings says of how they were made and judged."""
+    return {
+        "bins": BINS,
+        "bin_least": LEAST,
+        "confidence": f"{100 * CONFIDENCE:g}",
+        "few_seeds": " With so few seeds most differences cannot be told from chance." if result.plan.seeds < 4 else "",
+        "last_seed": result.plan.seeds - 1,
+        "seconds": duration(result.seconds),
+        "reused": result.reused,
+        "parts": result.parts,
+        "machine": html.escape(f"{platform.machine()}, {os.cpu_count()} cores"),
+        "versions": html.escape(f"fastnuggets {__version__}, torch {torch.__version__}"),
+    }
 
 
 def _names(result: Result) -> dict[str, str]:

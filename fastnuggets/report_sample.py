@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import os
-import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import Template
@@ -15,7 +12,6 @@ import numpy as np
 import torch
 
 from fastnuggets import __version__
-from fastnuggets.demo_average import BINS
 from fastnuggets.demo_sample import (
     ANGLES,
     BASE,
@@ -34,11 +30,11 @@ from fastnuggets.demo_sample import (
     Result,
     Task,
 )
-from fastnuggets.figures import INK, duration, pyplot, svg, table
+from fastnuggets.figures import INK, bare, pyplot, svg, table
 from fastnuggets.figures import chart as figure_of_one
 from fastnuggets.molecules.files import atomic_write
 from fastnuggets.page import HEAD
-from fastnuggets.report_average import CONFIDENCE, LEAST, Paired, paired, spread
+from fastnuggets.report_average import LEAST, Paired, common_fields, paired, spread
 
 TITLE = "Noise that is of use: what sampling gives, and where it gives nothing"
 COLORS = {
@@ -224,17 +220,8 @@ def write(result: Result, out: Path) -> Path:
         "limits": _limits(result),
         "others": plan.members - 1,
         "all_images": f"{FEW.images + tested[FEW] + held_out:,}",
-        "bins": BINS,
-        "bin_least": LEAST,
-        "confidence": f"{100 * CONFIDENCE:g}",
-        "few_seeds": " With so few seeds most differences cannot be told from chance." if plan.seeds < 4 else "",
-        "last_seed": plan.seeds - 1,
         "last_toy": plan.toy_seeds - 1,
-        "seconds": duration(result.seconds),
-        "reused": result.reused,
-        "parts": result.parts,
-        "machine": html.escape(f"{platform.machine()}, {os.cpu_count()} cores"),
-        "versions": html.escape(f"fastnuggets {__version__}, torch {torch.__version__}"),
+        **common_fields(result),
     }
     for name, task in (("few", FEW), ("more", MORE)):
         fields |= {
@@ -622,11 +609,9 @@ def chart(width: float, height: float, columns: int = 1, rows: int = 1, **option
     figure.clear()
     axes = figure.subplots(rows, columns, **options)
     for axis in axes.flat:
-        axis.tick_params(colors=INK, length=0, labelsize=8.5)
-        axis.grid(color=INK, alpha=0.12, linewidth=0.8)
+        bare(axis)
+        axis.tick_params(labelsize=8.5)
         axis.set_axisbelow(True)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
     return figure, list(axes.flat)
 
 

@@ -177,10 +177,6 @@ FN_BODY void stored(const R* from, void* out, Dtype dtype, Index at, Index n) {
 
 // ---- noise
 
-FN_BODY PhiloxStream stream_of(const Index* key) {
-  return {std::uint64_t(key[0]), std::uint32_t(std::uint64_t(key[1])), std::uint32_t(std::uint64_t(key[1]) >> 32)};
-}
-
 template <Simd level, Kind kind>
 FN_BODY void noise_blocks(const PhiloxStream& stream, Index first, Index blocks, Parameter parameter, float* noise) {
   for (Index b = 0; b < blocks; ++b) {

@@ -51,11 +51,6 @@ __device__ S* output(void* data, Index at) {
 
 // ---- noise
 
-__device__ PhiloxStream stream_of(const Index* key) {
-  const std::uint64_t offset = std::uint64_t(key[1]);
-  return {std::uint64_t(key[0]), std::uint32_t(offset), std::uint32_t(offset >> 32)};
-}
-
 // The counters that elements [at, at + n) come of, shared out among the block's threads: body(counter, first) with the
 // place of its first element, counted from `at`. That may be outside, as may the others.
 template <int kElements, class Body>

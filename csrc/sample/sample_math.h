@@ -87,6 +87,11 @@ FN_HD R log1p_(R x, R above, R inverse) {
 
 // ---- noise
 
+FN_HD PhiloxStream stream_of(const std::int64_t* key) {
+  const std::uint64_t offset = std::uint64_t(key[1]);
+  return {std::uint64_t(key[0]), std::uint32_t(offset), std::uint32_t(offset >> 32)};
+}
+
 // Numbers of a call, prepared once. A probability to keep is a multiple of 2^-16, and what is kept is divided by that.
 struct Parameter {
   float value;

@@ -129,9 +129,7 @@ class Held {
 at::Tensor output(const at::Tensor& like, bool wanted) {
   if (!wanted) return at::empty({0}, like.options());
   at::Tensor out = at::empty(like.sizes(), like.options());
-  // glibc uses smaller blocks again; these are fresh pages each time.
-  constexpr std::size_t kMapped = std::size_t(32) << 20;
-  if (out.is_cpu() && out.nbytes() > kMapped) ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  if (out.is_cpu()) ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
 }
 void* data_of(const at::Tensor& out, bool wanted) { return wanted ? out.mutable_data_ptr() : nullptr; }
