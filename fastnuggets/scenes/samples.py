@@ -1,4 +1,4 @@
-"""Photographs that ship inside scikit-image and scikit-learn, and masks that try a solver: for the demo, benchmarks, tests.
+"""Photographs that ship inside scikit-image and scikit-learn, and masks that try a solver.
 
 The photographs need `fastnuggets[scenes]` and scikit-learn; nothing is downloaded.
 """
