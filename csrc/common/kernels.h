@@ -44,6 +44,8 @@ inline std::optional<Dtype> dtype_of(at::ScalarType type) {
       return Dtype::bfloat16;
     case at::kShort:
       return Dtype::int16;
+    case at::kByte:
+      return Dtype::uint8;
     default:
       return std::nullopt;
   }

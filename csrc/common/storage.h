@@ -16,7 +16,7 @@ FN_HD To bits_as(From from) {
   return to;
 }
 
-enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, int16 };
+enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, int16, uint8 };
 
 struct Half {
   std::uint16_t bits;
