@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from fastnuggets.models import WaveAutoencoder
+from fastnuggets.models import CenterDetector, WaveAutoencoder
+from fastnuggets.models.center_detector import center_loss, center_targets, decode
 from fastnuggets.models.wave_autoencoder import SeparableConv3d, channel_loss
 from fastnuggets.training import Interrupted, fit, load_checkpoint
 
@@ -188,3 +189,68 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
             settings={},
             progress=False,
         )
+
+
+# CenterDetector
+
+
+def squares(seed, count=16, size=32):
+    """Images with one bright (class 0) or dark (class 1) rectangle, its box and its class."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.5 + 0.05 * torch.randn(count, 1, size, size, generator=generator)
+    corner = torch.randint(0, size - 16, (count, 2), generator=generator)
+    extent = torch.randint(6, 16, (count, 2), generator=generator)
+    labels = torch.arange(count) % 2
+    for image, (x, y), (w, h), label in zip(images, corner.tolist(), extent.tolist(), labels.tolist(), strict=True):
+        image[:, y : y + h, x : x + w] = 0.1 if label else 0.9
+    return images, torch.cat([corner, corner + extent], 1).float(), labels
+
+
+def test_targets_are_decoded_to_the_boxes_they_came_from():
+    boxes = [torch.tensor([[3.0, 5.0, 14.0, 27.0], [20.0, 2.0, 29.0, 9.0]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.long)]
+    targets = center_targets(boxes, labels, 2, (32, 48))
+    box = torch.zeros(2, 4, 8, 12)
+    image, row, column = targets.places.unbind(1)
+    box[image, :, row, column] = targets.values
+    first, second = decode(targets.heat, box, 2)
+    order = first.labels.argsort(descending=True)
+    torch.testing.assert_close(first.boxes[order], boxes[0])
+    assert first.scores.tolist() == [1.0, 1.0]
+    assert second.scores.tolist() == [0.0, 0.0]
+
+
+def test_the_loss_is_least_where_the_maps_are_right():
+    targets = center_targets([torch.tensor([[4.0, 4.0, 20.0, 24.0]])], [torch.tensor([0])], 1, (32, 32))
+    heat, box = torch.full((1, 1, 8, 8), -12.0), torch.zeros(1, 4, 8, 8)
+    image, row, column = targets.places.unbind(1)
+    wrong = center_loss(heat, box, targets)
+    heat[image, 0, row, column] = 12.0
+    box[image, :, row, column] = targets.values
+    assert center_loss(heat, box, targets) < 1e-3 < wrong
+
+
+def test_a_detector_learns_rectangles():
+    torch.manual_seed(0)
+    model = CenterDetector(2, channels=1, width=16, blocks=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for step in range(60):
+        images, boxes, labels = squares(step)
+        targets = center_targets(list(boxes[:, None]), list(labels[:, None]), 2, (32, 32))
+        optimizer.zero_grad()
+        center_loss(*model(images), targets).backward()
+        optimizer.step()
+    images, boxes, labels = squares(10_000)
+    found = model.eval().detect(images, 1)
+    right = torch.tensor([f.labels.item() for f in found]) == labels
+    off = (torch.stack([f.boxes[0] for f in found]) - boxes).abs().amax(1)
+    # Seen with five seeds: all 16 classes right, the median box off by 1.2 to 1.8 pixels.
+    assert right.sum() >= 15
+    assert off.median() < 3
+
+
+def test_a_detector_refuses_odd_sizes():
+    with pytest.raises(ValueError, match="images: expected"):
+        CenterDetector(1)(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="classes: expected at least 1"):
+        CenterDetector(0)
