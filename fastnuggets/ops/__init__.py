@@ -12,6 +12,7 @@ from fastnuggets.ops.average import (
     swap_,
     weighted_sum_,
 )
+from fastnuggets.ops.blend import Composite, Objects, composite, pack_objects
 from fastnuggets.ops.inverse import Atoms, Conditioning, condition_number, deconvolve, find_atoms, kernel_warnings
 from fastnuggets.ops.sample import (
     binary_concrete,
@@ -36,11 +37,14 @@ from fastnuggets.ops.voxelize import GridBuffer, atom_relevance, voxelize
 __all__ = [
     "Atoms",
     "AveragePlan",
+    "Composite",
     "Conditioning",
     "GridBuffer",
+    "Objects",
     "adamw_ema_step_",
     "atom_relevance",
     "binary_concrete",
+    "composite",
     "condition_number",
     "deconvolve",
     "dropout",
@@ -57,6 +61,7 @@ __all__ = [
     "noise",
     "noise_",
     "noise_key",
+    "pack_objects",
     "random_signs",
     "rsample",
     "rsample_normal",

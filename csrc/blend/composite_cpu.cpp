@@ -1,0 +1,1014 @@
+// CPU kernels. Threads share out bands of rows; in a band one object is drawn after the other, while it is in the
+// cache. No pixel depends on where a band ends, so neither do the bits. In the backward pass each object is one
+// thread's.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "blend/composite_math.h"
+#include "blend/composite_op.h"
+#include "common/cpu.h"
+
+#define FN_BODY inline __attribute__((always_inline))
+
+namespace fastnuggets::composite {
+namespace {
+
+// ---- rows: functors whose loops are compiled for each instruction set
+
+struct Plain {
+  template <class F, class... Args>
+  __attribute__((noinline)) static auto run(F f, Args... args) {
+    return f(args...);
+  }
+};
+struct Avx2 {
+  template <class F, class... Args>
+  FN_TARGET_AVX2 __attribute__((noinline)) static auto run(F f, Args... args) {
+    return f(args...);
+  }
+};
+struct Avx512 {
+  template <class F, class... Args>
+  FN_TARGET_AVX512 __attribute__((noinline)) static auto run(F f, Args... args) {
+    return f(args...);
+  }
+};
+
+template <class F, class... Args>
+auto vectorised(F f, Args... args) {
+  switch (simd()) {
+    case Simd::avx512:
+      return Avx512::run(f, args...);
+    case Simd::avx2:
+      return Avx2::run(f, args...);
+    default:
+      return Plain::run(f, args...);
+  }
+}
+
+using Byte = std::uint8_t;
+using Fixed = std::uint16_t;  // a mask's share, 1 is kFixedOne; a tap, 1 is 2^16
+
+constexpr Fixed kFixedOne = 255 << 7;  // twice it fits, for a pair of mirrored taps
+constexpr int kAlphaBits = 14;
+
+// a f + (255 - a) u over 255, to nearest: there are no ties.
+FN_HD Byte over(Byte f, Byte a, Byte u) {
+  const Fixed t = Fixed(a * f + (255 - a) * u + 128), s = Fixed(t + (t >> 8));
+  return Byte(s >> 8);
+}
+
+template <Mix mix>
+FN_HD Byte top(Byte f, Byte u) {
+  if constexpr (mix == Mix::over) return f;
+  return Byte(f > u ? f - u : u - f);
+}
+
+template <Mix mix>
+struct MixBytes {
+  FN_BODY void operator()(const Byte* f, const Byte* a, Byte* u, Index n) const {
+    constexpr Index kBlock = 64;
+    Index i = 0;
+    for (; i + kBlock <= n; i += kBlock) {  // most of a cut-out is all there or all not there
+      std::uint64_t words[kBlock / 8], any = 0, all = ~std::uint64_t(0);
+      std::memcpy(words, a + i, kBlock);
+      for (const std::uint64_t word : words) any |= word, all &= word;
+      if (any == 0) continue;
+      if (mix == Mix::over && all == ~std::uint64_t(0)) {
+        std::memcpy(u + i, f + i, kBlock);
+        continue;
+      }
+#pragma omp simd
+      for (Index j = i; j < i + kBlock; ++j) u[j] = over(top<mix>(f[j], u[j]), a[j], u[j]);
+    }
+    for (; i < n; ++i) u[i] = over(top<mix>(f[i], u[i]), a[i], u[i]);
+  }
+};
+
+struct MixFixed {
+  FN_BODY void operator()(const Byte* f, const Fixed* alpha, Byte* u, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) {
+      const std::int16_t twice = std::int16_t(2 * (f[i] - u[i])), a = std::int16_t(alpha[i]);
+      u[i] = Byte(u[i] + ((((int(twice) * int(a)) >> kAlphaBits) + 1) >> 1));
+    }
+  }
+};
+
+template <class S, Mix mix>
+struct MixRow {
+  FN_BODY void operator()(const Real<S>* f, const Real<S>* a, S* u, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) u[i] = stored<S>(mixed<mix, Real<S>>(f[i], a[i], load(u[i])));
+  }
+};
+
+// The gradient of u replaces that of the result; `by_alpha` is for each value, of all channels.
+template <class R, Mix mix>
+struct SlopeRow {
+  FN_BODY void operator()(R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) {
+      const Slopes<R> s = slopes<mix, R>(f[i], a[i], u[i]);
+      by_f[i] = g[i] * s.f;
+      by_alpha[i] = g[i] * s.a + (add ? by_alpha[i] : R(0));
+      g[i] *= s.u;
+    }
+  }
+};
+
+template <class S>
+struct Widen {
+  FN_BODY void operator()(const S* from, Real<S>* to, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) to[i] = load(from[i]);
+  }
+};
+template <class S>
+struct Shares {
+  FN_BODY void operator()(const S* from, Real<S>* to, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) to[i] = share_of(from[i]);
+  }
+};
+struct FixedShares {
+  FN_BODY void operator()(const Byte* from, Fixed* to, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) to[i] = Fixed(from[i] << 7);
+  }
+};
+template <class S>
+struct Narrow {
+  FN_BODY void operator()(const Real<S>* from, S* to, Index n) const {
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) to[i] = stored<S>(from[i]);
+  }
+};
+
+// A value for each channel of each of n pixels.
+template <class T>
+struct Repeat {
+  FN_BODY void operator()(const T* from, T* to, Index n, Index times) const {
+    if (times == 3)
+      for (Index i = 0; i < n; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = from[i];
+    else if (times == 4)
+      for (Index i = 0; i < n; ++i) to[4 * i] = to[4 * i + 1] = to[4 * i + 2] = to[4 * i + 3] = from[i];
+    else
+      for (Index i = 0; i < n; ++i) std::fill_n(to + i * times, times, from[i]);
+  }
+};
+template <class R>
+struct SumRepeated {
+  FN_BODY void operator()(const R* from, R* to, Index n, Index times) const {
+    for (Index i = 0; i < n; ++i) {
+      R sum = 0;
+      for (Index c = 0; c < times; ++c) sum += from[i * times + c];
+      to[i] = sum;
+    }
+  }
+};
+
+template <class T>
+struct Label {
+  FN_BODY Index operator()(const T* mask, T half, std::int32_t id, std::int32_t* ids, Index n) const {
+    std::int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (Index i = 0; i < n; ++i) {
+      const bool is_in = mask[i] >= half;
+      ids[i] = is_in ? id : ids[i];
+      count += is_in;
+    }
+    return count;
+  }
+};
+
+// ---- feathers: weighted sums of neighbours, along a row and down a column
+
+FN_HD Fixed times(Fixed a, Fixed tap) { return Fixed((std::uint32_t(a) * tap) >> 16); }
+template <class R>
+FN_HD R times(R a, R tap) {
+  return a * tap;
+}
+
+// rows [2 radius + 1]: along a row these are one row, each shifted by a pixel.
+template <class T>
+struct Weigh {
+  template <int radius>
+  FN_BODY void fixed_radius(const T* const* rows, const T* taps, T* out, Index n) const {
+    const T* row[2 * radius + 1];
+    for (int k = 0; k <= 2 * radius; ++k) row[k] = rows[k];
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) {
+      T sum = times(row[radius][i], taps[0]);
+#pragma GCC unroll 4
+      for (int k = 1; k <= radius; ++k) sum = T(sum + times(T(row[radius - k][i] + row[radius + k][i]), taps[k]));
+      out[i] = sum;
+    }
+  }
+  FN_BODY void operator()(const T* const* rows, const T* taps, int radius, T* out, Index n) const {
+    if (radius == 1) return fixed_radius<1>(rows, taps, out, n);
+    if (radius == 2) return fixed_radius<2>(rows, taps, out, n);
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) out[i] = times(rows[radius][i], taps[0]);
+    for (int k = 1; k <= radius; ++k) {
+      const T *before = rows[radius - k], *after = rows[radius + k];
+#pragma omp simd
+      for (Index i = 0; i < n; ++i) out[i] = T(out[i] + times(T(before[i] + after[i]), taps[k]));
+    }
+  }
+};
+struct ToAlpha {
+  FN_BODY void operator()(Fixed* a, Index n) const {
+    constexpr std::uint32_t kScale = ((1u << (16 + kAlphaBits)) + kFixedOne - 1) / kFixedOne;
+#pragma omp simd
+    for (Index i = 0; i < n; ++i) a[i] = Fixed((std::uint32_t(a[i]) * kScale) >> 16);
+  }
+};
+
+template <class T>
+std::vector<T> taps_of(const Feather& feather) {
+  std::vector<T> taps(std::size_t(feather.radius) + 1);
+  for (std::size_t k = 0; k < taps.size(); ++k) {
+    if constexpr (std::is_same_v<T, Fixed>)
+      taps[k] = Fixed(std::min(feather.taps[k] * 65536 + 0.5, 65535.0));
+    else
+      taps[k] = T(feather.taps[k]);
+  }
+  return taps;
+}
+
+// Weighs a row with its neighbours; `padded` has `radius` more at each end of n.
+template <class T>
+void weigh_along(const T* padded, const std::vector<T>& taps, T* out, Index n) {
+  const int radius = int(taps.size()) - 1;
+  const T* rows[2 * kMaxRadius + 1];
+  for (int k = 0; k <= 2 * radius; ++k) rows[k] = padded + k;
+  vectorised(Weigh<T>(), static_cast<const T* const*>(rows), taps.data(), radius, out, n);
+}
+
+// The blurred mask of an object, row after row of what is seen of it. Source gives the mask's values:
+// source(y, x, n, to), rows and columns of the image inside the box.
+template <class T, class Source>
+class Blurred {
+ public:
+  Blurred(const Composite& how, const Placed& o, Source source)
+      : source_(source),
+        o_(o),
+        radius_(how.feather.radius),
+        zero_(how.feather.zero_edge),
+        taps_(taps_of<T>(how.feather)),
+        width_(o.seen.width()),
+        padded_(std::size_t(width_ + 2 * radius_)),
+        ring_(std::size_t((2 * radius_ + 2) * width_)) {}  // the last row stays 0
+
+  // Rows are asked for in ascending order.
+  void row(Index y, T* out) {
+    const Index j = y - o_.box.y0, height = o_.box.height();
+    if (next_ < 0) next_ = std::max<Index>(0, j - radius_);
+    for (; next_ <= std::min(height - 1, j + radius_); ++next_) along(next_);
+    const T* rows[2 * kMaxRadius + 1];
+    for (Index k = 0; k <= 2 * radius_; ++k) {
+      const Index at = j - radius_ + k;
+      const bool is_in = at >= 0 && at < height;
+      rows[k] = is_in || !zero_ ? slot(mirrored(at, height)) : ring_.data() + (2 * radius_ + 1) * width_;
+    }
+    vectorised(Weigh<T>(), static_cast<const T* const*>(rows), static_cast<const T*>(taps_.data()), int(radius_), out,
+               width_);
+  }
+
+ private:
+  Source source_;
+  const Placed& o_;
+  Index radius_;
+  bool zero_;
+  std::vector<T> taps_;
+  Index width_;
+  std::vector<T> padded_, ring_;
+  Index next_ = -1;
+
+  T* slot(Index row) { return ring_.data() + row % (2 * radius_ + 1) * width_; }
+
+  void along(Index row) {
+    const Index start = o_.seen.x0 - o_.box.x0 - radius_, end = start + width_ + 2 * radius_, n = o_.box.width();
+    const Index from = std::max<Index>(0, start), to = std::min(n, end);
+    T* const padded = padded_.data() - start;
+    source_(o_.box.y0 + row, o_.box.x0 + from, to - from, padded + from);
+    for (Index i = start; i < from; ++i) padded[i] = zero_ ? T(0) : padded[mirrored(i, n)];
+    for (Index i = to; i < end; ++i) padded[i] = zero_ ? T(0) : padded[mirrored(i, n)];
+    weigh_along(static_cast<const T*>(padded_.data()), taps_, slot(row), width_);
+  }
+};
+
+// ---- where things are
+
+// Channels that come first are planes of one value a pixel; last, one plane of C values a pixel.
+struct Layout {
+  Index planes, step;
+
+  explicit Layout(const Composite& how) : planes(how.channels_last ? 1 : how.C), step(how.channels_last ? how.C : 1) {}
+
+  Index image(const Composite& how, Index b, Index plane, Index y, Index x) const {
+    return (((b * planes + plane) * how.H + y) * how.W + x) * step;
+  }
+  // The pixel in row i and column j of an object; `channels` is C.
+  Index object(const Placed& o, Index channels, Index plane, Index i, Index j) const {
+    return o.first * channels + (plane * o.h * o.w + i * o.w + j) * step;
+  }
+};
+
+// The object's pixels are the image's, one for one, wherever it is drawn.
+bool is_copied(const Composite& how) {
+  return how.sampling == Sampling::shift && !(how.feather.radius > 0 && how.feather.zero_edge);
+}
+
+template <class S>
+const S* at(const void* data, Index i) {
+  return static_cast<const S*>(data) + i;
+}
+template <class S>
+S* at(void* data, Index i) {
+  return static_cast<S*>(data) + i;
+}
+
+// ---- reading objects, n pixels from (y, x) of the image on
+
+template <class S>
+void read_mask(const Composite& how, const Placed& o, Index y, Index x, Index n, Real<S>* to) {
+  using R = Real<S>;
+  const S* const mask = at<S>(how.mask, o.first);
+  if (how.sampling == Sampling::shift) {
+    const Index i = y - o.top, from = std::clamp<Index>(o.left - x, 0, n);
+    const Index end = i < 0 || i >= o.h ? from : std::clamp<Index>(o.left + o.w - x, from, n);
+    std::fill(to, to + from, R(0));
+    vectorised(Shares<S>(), mask + (i < 0 || i >= o.h ? 0 : i * o.w + x + from - o.left), to + from, end - from);
+    std::fill(to + end, to + n, R(0));
+    return;
+  }
+  for (Index k = 0; k < n; ++k) {
+    const Reading<R> r = reading<R>(how, o, y, x + k, false);
+    R sum = 0;
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) {
+        const R share = r.y.share[i] * r.x.share[j];
+        if (share != 0) sum += share * share_of(mask[(i ? r.y.high : r.y.low) * o.w + (j ? r.x.high : r.x.low)]);
+      }
+    to[k] = sum;
+  }
+}
+
+// to [planes, n * step].
+template <class S>
+void read_colours(const Composite& how, const Placed& o, Index y, Index x, Index n, Real<S>* to) {
+  using R = Real<S>;
+  const Layout layout(how);
+  const S* const pixels = at<S>(how.pixels, o.first * how.C);
+  if (is_copied(how)) {
+    for (Index p = 0; p < layout.planes; ++p)
+      vectorised(Widen<S>(), pixels + (p * o.h * o.w + (y - o.top) * o.w + x - o.left) * layout.step,
+                 to + p * n * layout.step, n * layout.step);
+    return;
+  }
+  const bool clamped = colour_clamped(how);
+  const Index plane = o.h * o.w;
+  for (Index k = 0; k < n; ++k) {
+    const Reading<R> r = reading<R>(how, o, y, x + k, clamped);
+    const S* corner[4];
+    R share[4];
+    for (int c = 0; c < 4; ++c) {
+      share[c] = r.y.share[c / 2] * r.x.share[c % 2];
+      corner[c] = pixels + ((c / 2 ? r.y.high : r.y.low) * o.w + (c % 2 ? r.x.high : r.x.low)) * layout.step;
+    }
+    for (Index p = 0; p < layout.planes; ++p)
+      for (Index s = 0; s < layout.step; ++s) {
+        R sum = 0;
+        for (int c = 0; c < 4; ++c)
+          if (share[c] != 0) sum += share[c] * load(corner[c][p * plane + s]);
+        to[(p * n + k) * layout.step + s] = sum;
+      }
+  }
+}
+
+// ---- forward
+
+template <class S>
+struct MaskSource {
+  const Composite* how;
+  const Placed* o;
+  void operator()(Index y, Index x, Index n, Real<S>* to) const { read_mask<S>(*how, *o, y, x, n, to); }
+};
+struct FixedSource {
+  const Composite* how;
+  const Placed* o;
+  void operator()(Index y, Index x, Index n, Fixed* to) const {
+    vectorised(FixedShares(), at<Byte>(how->mask, o->first + (y - o->top) * o->w + x - o->left), to, n);
+  }
+};
+
+template <class S>
+void mix_row(Mix mix, const Real<S>* f, const Real<S>* a, S* u, Index n) {
+  switch (mix) {
+    case Mix::over:
+      return vectorised(MixRow<S, Mix::over>(), f, a, u, n);
+    case Mix::difference:
+      return vectorised(MixRow<S, Mix::difference>(), f, a, u, n);
+    case Mix::over_premultiplied:
+      return vectorised(MixRow<S, Mix::over_premultiplied>(), f, a, u, n);
+    case Mix::difference_premultiplied:
+      return vectorised(MixRow<S, Mix::difference_premultiplied>(), f, a, u, n);
+  }
+}
+
+// A row's alpha as the values of a plane need it: as it is, or for each channel.
+template <class T>
+const T* for_channels(const Layout& layout, const T* alpha, Index n, std::vector<T>& room) {
+  if (layout.step == 1) return alpha;
+  room.resize(std::size_t(n * layout.step));
+  vectorised(Repeat<T>(), alpha, room.data(), n, layout.step);
+  return room.data();
+}
+
+// Rows [from, to) of the image, of object n on image b.
+struct Part {
+  const Composite& how;
+  const Placed& o;
+  Index n, b, from, to;
+
+  std::int32_t* ids(Index y) const { return how.ids + (b * how.H + y) * how.W + o.seen.x0; }
+  template <class S>
+  S* image(const Layout& layout, Index plane, Index y) const {
+    return at<S>(how.image, layout.image(how, b, plane, y, o.seen.x0));
+  }
+  template <class S>
+  const S* pixels(const Layout& layout, Index plane, Index y) const {
+    return at<S>(how.pixels, layout.object(o, how.C, plane, y - o.top, o.seen.x0 - o.left));
+  }
+};
+
+template <class S>
+class Drawing {
+ public:
+  // Returns how many pixels are labelled.
+  Index draw(const Part& part) {
+    if constexpr (std::is_same_v<S, Byte>) {
+      if (is_copied(part.how) && (part.how.mix == Mix::over || part.how.mix == Mix::difference))
+        return part.how.feather.radius > 0 ? bytes_feathered(part) : bytes(part);
+    }
+    return any(part);
+  }
+
+ private:
+  using R = Real<S>;
+  std::vector<R> alpha_, repeated_, colours_, mask_;
+  std::vector<Byte> repeated_bytes_;
+  std::vector<Fixed> fixed_, repeated_fixed_;
+
+  Index bytes(const Part& p) {
+    const Layout layout(p.how);
+    const Index width = p.o.seen.width();
+    Index count = 0;
+    for (Index y = p.from; y < p.to; ++y) {
+      const Byte* const mask = byte_mask(p, y);
+      if (p.how.ids != nullptr) count += vectorised(Label<Byte>(), mask, Byte(128), std::int32_t(p.n), p.ids(y), width);
+      const Byte* const alpha = for_channels(layout, mask, width, repeated_bytes_);
+      for (Index c = 0; c < layout.planes; ++c) {
+        const Byte* const f = p.template pixels<Byte>(layout, c, y);
+        Byte* const u = p.template image<Byte>(layout, c, y);
+        if (p.how.mix == Mix::over)
+          vectorised(MixBytes<Mix::over>(), f, alpha, u, width * layout.step);
+        else
+          vectorised(MixBytes<Mix::difference>(), f, alpha, u, width * layout.step);
+      }
+    }
+    return count;
+  }
+
+  Index bytes_feathered(const Part& p) {
+    const Layout layout(p.how);
+    const Index width = p.o.seen.width();
+    Blurred<Fixed, FixedSource> blurred(p.how, p.o, {&p.how, &p.o});
+    fixed_.resize(std::size_t(width));
+    Index count = 0;
+    for (Index y = p.from; y < p.to; ++y) {
+      if (p.how.ids != nullptr)
+        count += vectorised(Label<Byte>(), byte_mask(p, y), Byte(128), std::int32_t(p.n), p.ids(y), width);
+      blurred.row(y, fixed_.data());
+      vectorised(ToAlpha(), fixed_.data(), width);
+      const Fixed* const alpha = for_channels(layout, static_cast<const Fixed*>(fixed_.data()), width, repeated_fixed_);
+      for (Index c = 0; c < layout.planes; ++c)
+        vectorised(MixFixed(), p.template pixels<Byte>(layout, c, y), alpha, p.template image<Byte>(layout, c, y),
+                   width * layout.step);
+    }
+    return count;
+  }
+
+  static const Byte* byte_mask(const Part& p, Index y) {
+    return at<Byte>(p.how.mask, p.o.first + (y - p.o.top) * p.o.w + p.o.seen.x0 - p.o.left);
+  }
+
+  Index any(const Part& p) {
+    const Layout layout(p.how);
+    const Index width = p.o.seen.width(), x = p.o.seen.x0, length = width * layout.step;
+    Blurred<R, MaskSource<S>> blurred(p.how, p.o, {&p.how, &p.o});
+    alpha_.resize(std::size_t(width));
+    colours_.resize(std::size_t(width * p.how.C));
+    Index count = 0;
+    for (Index y = p.from; y < p.to; ++y) {
+      const bool feathered = p.how.feather.radius > 0;
+      if (!feathered || p.how.ids != nullptr) read_mask<S>(p.how, p.o, y, x, width, alpha_.data());
+      if (p.how.ids != nullptr)
+        count +=
+            vectorised(Label<R>(), static_cast<const R*>(alpha_.data()), R(0.5), std::int32_t(p.n), p.ids(y), width);
+      if (feathered) blurred.row(y, alpha_.data());
+      const R* const alpha = for_channels(layout, static_cast<const R*>(alpha_.data()), width, repeated_);
+      const bool in_place = std::is_same_v<S, R> && is_copied(p.how);
+      if (!in_place) read_colours<S>(p.how, p.o, y, x, width, colours_.data());
+      for (Index c = 0; c < layout.planes; ++c) {
+        const R* f = colours_.data() + c * length;
+        if constexpr (std::is_same_v<S, R>)
+          if (in_place) f = p.template pixels<S>(layout, c, y);
+        mix_row<S>(p.how.mix, f, alpha, p.template image<S>(layout, c, y), length);
+      }
+    }
+    return count;
+  }
+};
+
+std::vector<Placed> placed_all(const Composite& how) {
+  std::vector<Placed> all(std::size_t(how.N));
+  for (Index n = 0; n < how.N; ++n) all[std::size_t(n)] = placed(how, n);
+  return all;
+}
+
+// Rows of an image that one thread takes at a time: few enough to stay in the cache.
+Index band_rows(const Composite& how, std::size_t bytes) {
+  constexpr Index kBytes = 48 * 1024;
+  return std::clamp<Index>(kBytes / std::max<Index>(1, how.W * how.C * Index(bytes)), 8, 256);
+}
+
+// Calls body(image, first row, end) in parallel.
+template <class Body>
+void for_bands(const Composite& how, std::size_t bytes, Body body) {
+  const Index rows = band_rows(how, bytes), bands = (how.H + rows - 1) / rows;
+  constexpr Index kGrain = 1 << 15;  // values, below which a thread more is no gain
+  const Index grain = std::max<Index>(1, kGrain / std::max<Index>(1, rows * how.W * how.C));
+  at::parallel_for(0, how.B * bands, grain, [&](Index first, Index last) {
+    for (Index k = first; k < last; ++k) {
+      const Index start = k % bands * rows;
+      body(k / bands, start, std::min(how.H, start + rows));
+    }
+  });
+}
+
+template <class S>
+void copy_rows(const Composite& how, Index b, Index from, Index to) {
+  const Layout layout(how);
+  for (Index c = 0; c < layout.planes; ++c) {
+    const Index start = layout.image(how, b, c, from, 0);
+    std::memcpy(at<S>(how.image, start), at<S>(how.background, start),
+                std::size_t((to - from) * how.W * layout.step) * sizeof(S));
+  }
+}
+
+template <class S>
+void composite_as(const Composite& how) {
+  const std::vector<Placed> all = placed_all(how);
+  if (how.ids != nullptr) std::fill_n(how.area, how.N, Index(0));
+  for_bands(how, sizeof(S), [&](Index b, Index from, Index to) {
+    Drawing<S> drawing;
+    copy_rows<S>(how, b, from, to);
+    if (how.ids != nullptr) std::fill_n(how.ids + (b * how.H + from) * how.W, (to - from) * how.W, -1);
+    for (Index n = how.ptr[b]; n < how.ptr[b + 1]; ++n) {
+      const Placed& o = all[std::size_t(n)];
+      const Index first = std::max(from, o.seen.y0), end = std::min(to, o.seen.y1);
+      if (o.seen.empty() || first >= end) continue;
+      const Index count = drawing.draw({how, o, n, b, first, end});
+      if (count > 0) __atomic_fetch_add(how.area + n, count, __ATOMIC_RELAXED);
+    }
+  });
+}
+
+// ---- backward
+
+// Of every object, in the type computed with: the derivatives by its alpha and by its colours, of what is seen of it.
+// Where they are the result they lie in it.
+template <class S>
+class Gradients {
+ public:
+  using R = Real<S>;
+
+  Gradients(const CompositeBackward& how, const std::vector<Placed>& all) : how_(how) {
+    const Composite& f = how.forward;
+    const bool same = std::is_same_v<S, R> && is_copied(f);
+    colours_in_place = same;
+    alpha_in_place = same && f.feather.radius == 0;
+    wants_colours = how.pixels != nullptr || how.matrix != nullptr;
+    wants_alpha = how.mask != nullptr || how.matrix != nullptr;
+    start_.reserve(all.size() + 1);
+    Index sum = 0;
+    for (const Placed& o : all) start_.push_back(sum), sum += o.seen.area();
+    if (wants_colours && !colours_in_place) colours_ = std::make_unique_for_overwrite<R[]>(std::size_t(sum * f.C));
+    if (wants_alpha && !alpha_in_place) alpha_ = std::make_unique_for_overwrite<R[]>(std::size_t(sum));
+  }
+
+  bool colours_in_place, alpha_in_place, wants_colours, wants_alpha;
+
+  // [planes, height, width * step] of what is seen.
+  R* colours(Index n) const { return colours_.get() + start_[std::size_t(n)] * how_.forward.C; }
+  R* alpha(Index n) const { return alpha_.get() + start_[std::size_t(n)]; }
+
+  // Where row y of object n goes, or null.
+  R* colour_row(const Layout& layout, const Placed& o, Index n, Index plane, Index y) const {
+    if (!wants_colours) return nullptr;
+    if (colours_in_place)
+      return static_cast<R*>(how_.pixels) + layout.object(o, how_.forward.C, plane, y - o.top, o.seen.x0 - o.left);
+    return colours(n) + ((plane * o.seen.height() + y - o.seen.y0) * o.seen.width()) * layout.step;
+  }
+  R* alpha_row(const Placed& o, Index n, Index y) const {
+    if (!wants_alpha) return nullptr;
+    if (alpha_in_place) return static_cast<R*>(how_.mask) + o.first + (y - o.top) * o.w + o.seen.x0 - o.left;
+    return alpha(n) + (y - o.seen.y0) * o.seen.width();
+  }
+
+ private:
+  const CompositeBackward& how_;
+  std::vector<Index> start_;
+  std::unique_ptr<R[]> colours_, alpha_;
+};
+
+// One object in a band of the backward pass, and what of it the current row needs.
+template <class S>
+struct Layer {
+  using R = Real<S>;
+  const Placed* o;
+  Index n;
+  Blurred<R, MaskSource<S>> blurred;
+  std::vector<R> colours, alpha, repeated, under;
+  const R* row_alpha = nullptr;
+
+  Layer(const Composite& how, const Placed& placed, Index number)
+      : o(&placed), n(number), blurred(how, placed, {&how, &placed}) {}
+
+  // `image` is the row of the image that lies under the object, all of it; the object is then drawn on it.
+  void draw(const Composite& how, const Layout& layout, Index y, S* image) {
+    const Index width = o->seen.width(), x = o->seen.x0, length = width * layout.step, stride = how.W * layout.step;
+    alpha.resize(std::size_t(width));
+    colours.resize(std::size_t(width * how.C));
+    under.resize(colours.size());
+    if (how.feather.radius > 0)
+      blurred.row(y, alpha.data());
+    else
+      read_mask<S>(how, *o, y, x, width, alpha.data());
+    row_alpha = for_channels(layout, static_cast<const R*>(alpha.data()), width, repeated);
+    read_colours<S>(how, *o, y, x, width, colours.data());
+    for (Index c = 0; c < layout.planes; ++c) {
+      S* const u = image + c * stride + x * layout.step;
+      vectorised(Widen<S>(), static_cast<const S*>(u), under.data() + c * length, length);
+      mix_row<S>(how.mix, colours.data() + c * length, row_alpha, u, length);
+    }
+  }
+};
+
+template <class R>
+void slope_row(Mix mix, R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, Index n) {
+  switch (mix) {
+    case Mix::over:
+      return vectorised(SlopeRow<R, Mix::over>(), g, f, a, u, by_f, by_alpha, add, n);
+    case Mix::difference:
+      return vectorised(SlopeRow<R, Mix::difference>(), g, f, a, u, by_f, by_alpha, add, n);
+    case Mix::over_premultiplied:
+      return vectorised(SlopeRow<R, Mix::over_premultiplied>(), g, f, a, u, by_f, by_alpha, add, n);
+    case Mix::difference_premultiplied:
+      return vectorised(SlopeRow<R, Mix::difference_premultiplied>(), g, f, a, u, by_f, by_alpha, add, n);
+  }
+}
+
+// Rows [from, to) of image b, from the topmost object down.
+template <class S>
+class BandBackward {
+ public:
+  using R = Real<S>;
+
+  BandBackward(const CompositeBackward& how, const Gradients<S>& gradients) : how_(how), gradients_(gradients) {}
+
+  void run(const std::vector<Placed>& all, Index b, Index from, Index to) {
+    const Composite& f = how_.forward;
+    std::vector<Layer<S>> layers;
+    layers.reserve(std::size_t(f.ptr[b + 1] - f.ptr[b]));
+    for (Index n = f.ptr[b]; n < f.ptr[b + 1]; ++n) {
+      const Placed& o = all[std::size_t(n)];
+      if (!o.seen.empty() && o.seen.y0 < to && o.seen.y1 > from) layers.emplace_back(f, o, n);
+    }
+    g_.resize(std::size_t(f.W * f.C));
+    image_.resize(g_.size());
+    for (Index y = from; y < to; ++y) row(layers, b, y);
+  }
+
+ private:
+  const CompositeBackward& how_;
+  const Gradients<S>& gradients_;
+  std::vector<R> g_, by_colour_, by_alpha_;
+  std::vector<S> image_;
+
+  void row(std::vector<Layer<S>>& layers, Index b, Index y) {
+    const Composite& f = how_.forward;
+    const Layout layout(f);
+    const Index stride = f.W * layout.step;
+    for (Index c = 0; c < layout.planes; ++c) {
+      const Index start = layout.image(f, b, c, y, 0);
+      vectorised(Widen<S>(), at<S>(how_.grad, start), g_.data() + c * stride, stride);
+      std::memcpy(image_.data() + c * stride, at<S>(f.background, start), std::size_t(stride) * sizeof(S));
+    }
+    const auto is_on = [&](const Layer<S>& layer) { return layer.o->seen.y0 <= y && y < layer.o->seen.y1; };
+    for (Layer<S>& layer : layers)
+      if (is_on(layer)) layer.draw(f, layout, y, image_.data());
+    for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer)
+      if (is_on(*layer)) through(*layer, layout, y);
+    if (how_.background == nullptr) return;
+    for (Index c = 0; c < layout.planes; ++c)
+      vectorised(Narrow<S>(), static_cast<const R*>(g_.data() + c * stride),
+                 at<S>(how_.background, layout.image(f, b, c, y, 0)), stride);
+  }
+
+  void through(const Layer<S>& layer, const Layout& layout, Index y) {
+    const Composite& f = how_.forward;
+    const Placed& o = *layer.o;
+    const Index width = o.seen.width(), length = width * layout.step, stride = f.W * layout.step;
+    by_colour_.resize(std::size_t(length));
+    by_alpha_.resize(std::size_t(length));
+    R* const alpha_row = gradients_.alpha_row(o, layer.n, y);
+    R* const by_alpha = layout.step == 1 && alpha_row != nullptr ? alpha_row : by_alpha_.data();
+    for (Index c = 0; c < layout.planes; ++c) {
+      R* const colour_row = gradients_.colour_row(layout, o, layer.n, c, y);
+      slope_row<R>(f.mix, g_.data() + c * stride + o.seen.x0 * layout.step, layer.colours.data() + c * length,
+                   layer.row_alpha, layer.under.data() + c * length,
+                   colour_row != nullptr ? colour_row : by_colour_.data(), by_alpha, c > 0, length);
+    }
+    if (layout.step > 1 && alpha_row != nullptr)
+      vectorised(SumRepeated<R>(), static_cast<const R*>(by_alpha_.data()), alpha_row, width, layout.step);
+  }
+};
+
+// The transpose of a blur: from the derivative by the blurred mask, of what is seen, to that by the mask within reach.
+template <class R>
+class Unblurred {
+ public:
+  Unblurred(const Composite& how, const Placed& o, const R* by_alpha)
+      : o_(o),
+        within_(reach(how, o)),
+        by_alpha_(by_alpha),
+        radius_(how.feather.radius),
+        zero_(how.feather.zero_edge),
+        taps_(taps_of<R>(how.feather)),
+        width_(o.seen.width()),
+        column_(std::size_t(width_)),
+        sum_(std::size_t(width_ + 4 * radius_)),
+        wide_(std::size_t(width_ + 2 * radius_)),
+        nothing_(std::size_t(width_)) {}
+
+  // Row y of the image, columns as within reach.
+  void row(Index y, R* out) {
+    const Index height = o_.box.height();
+    R* const sum = sum_.data() + 2 * radius_;
+    down(y, sum);
+    if (!zero_)
+      for (Index d = 1; d <= radius_; ++d)
+        for (const Index outside : {-d, height - 1 + d})
+          if (o_.box.y0 + mirrored(outside, height) == y) {
+            down(o_.box.y0 + outside, column_.data());
+            for (Index i = 0; i < width_; ++i) sum[i] += column_[std::size_t(i)];
+          }
+    weigh_along(static_cast<const R*>(sum_.data()), taps_, wide_.data(), width_ + 2 * radius_);
+    // Column i of `wide_` is that of the image less this.
+    const Index start = o_.seen.x0 - radius_;
+    std::copy_n(wide_.data() + within_.x0 - start, within_.width(), out);
+    if (zero_) return;
+    for (Index i = 0; i < width_ + 2 * radius_; ++i) {
+      const Index x = start + i;
+      if (x >= within_.x0 && x < within_.x1) continue;
+      out[o_.box.x0 + mirrored(x - o_.box.x0, o_.box.width()) - within_.x0] += wide_[std::size_t(i)];
+    }
+  }
+
+ private:
+  const Placed& o_;
+  Box within_;
+  const R* by_alpha_;
+  Index radius_;
+  bool zero_;
+  std::vector<R> taps_;
+  Index width_;
+  std::vector<R> column_, sum_, wide_, nothing_;
+
+  void down(Index y, R* out) {
+    const R* rows[2 * kMaxRadius + 1];
+    for (Index k = 0; k <= 2 * radius_; ++k) {
+      const Index at = y - radius_ + k;
+      const bool is_seen = at >= o_.seen.y0 && at < o_.seen.y1;
+      rows[k] = is_seen ? by_alpha_ + (at - o_.seen.y0) * width_ : nothing_.data();
+    }
+    vectorised(Weigh<R>(), static_cast<const R* const*>(rows), static_cast<const R*>(taps_.data()), int(radius_), out,
+               width_);
+  }
+};
+
+// From the derivatives by what is seen of object n to those by its pixels, its mask and its matrix.
+template <class S>
+class ObjectBackward {
+ public:
+  using R = Real<S>;
+
+  ObjectBackward(const CompositeBackward& how, const Gradients<S>& gradients, const Placed& o, Index n)
+      : how_(how), f_(how.forward), gradients_(gradients), layout_(how.forward), o_(o), n_(n) {}
+
+  void run() {
+    if (how_.matrix != nullptr) std::fill_n(how_.matrix + 9 * n_, 9, 0.0);
+    if (o_.h <= 0 || o_.w <= 0) return;
+    if (how_.pixels != nullptr || how_.matrix != nullptr) colours();
+    if (how_.mask != nullptr || how_.matrix != nullptr) mask();
+    if (how_.matrix != nullptr && !o_.seen.empty()) through_inverse(o_.inverse, by_inverse_, how_.matrix + 9 * n_);
+  }
+
+ private:
+  const CompositeBackward& how_;
+  const Composite& f_;
+  const Gradients<S>& gradients_;
+  Layout layout_;
+  const Placed& o_;
+  Index n_;
+  double by_inverse_[9] = {};
+  std::vector<R> room_;
+
+  Index pixels() const { return o_.h * o_.w; }
+
+  // Sums of `count` values in the type computed with, 0 at first: in the result if it is of that type.
+  R* sums(void* out, Index first, Index count) {
+    if (std::is_same_v<S, R> && out != nullptr) {
+      std::fill_n(static_cast<R*>(out) + first, count, R(0));
+      return static_cast<R*>(out) + first;
+    }
+    room_.assign(std::size_t(count), R(0));
+    return room_.data();
+  }
+  void store(const R* from, void* out, Index first, Index count) {
+    if constexpr (!std::is_same_v<S, R>)
+      if (out != nullptr) vectorised(Narrow<S>(), from, at<S>(out, first), count);
+  }
+
+  void colours() {
+    if (gradients_.colours_in_place) return zero_unseen();
+    const Index count = pixels() * f_.C, first = o_.first * f_.C;
+    R* const to = sums(how_.pixels, first, count);
+    const S* const values = at<S>(f_.pixels, first);
+    const R* const given = gradients_.colours(n_);
+    const bool clamped = colour_clamped(f_);
+    const Index width = o_.seen.width(), height = o_.seen.height();
+    for (Index y = o_.seen.y0; y < o_.seen.y1; ++y)
+      for (Index x = o_.seen.x0; x < o_.seen.x1; ++x) {
+        const Index k = (y - o_.seen.y0) * width + x - o_.seen.x0;
+        const auto by = [&](Index p, Index s) { return given[(p * height * width + k) * layout_.step + s]; };
+        spread(y, x, clamped, values, to, by, [](S value) { return load(value); }, layout_.planes, layout_.step);
+      }
+    store(to, how_.pixels, first, count);
+  }
+
+  // What is drawn one for one has its derivatives already, but for what lies outside the image.
+  void zero_unseen() {
+    if (how_.pixels == nullptr || o_.seen.area() == pixels()) return;
+    zero_outside(how_.pixels, o_.first * f_.C, layout_.planes, layout_.step);
+  }
+  void zero_outside(void* out, Index first, Index planes, Index step) {
+    S* const data = at<S>(out, first);
+    for (Index p = 0; p < planes; ++p)
+      for (Index i = 0; i < o_.h; ++i) {
+        S* const row = data + (p * o_.h + i) * o_.w * step;
+        const bool is_seen = o_.top + i >= o_.seen.y0 && o_.top + i < o_.seen.y1;
+        const Index from = is_seen ? o_.seen.x0 - o_.left : o_.w, to = is_seen ? o_.seen.x1 - o_.left : o_.w;
+        std::memset(static_cast<void*>(row), 0, std::size_t(from * step) * sizeof(S));
+        std::memset(static_cast<void*>(row + to * step), 0, std::size_t((o_.w - to) * step) * sizeof(S));
+      }
+  }
+
+  void mask() {
+    if (gradients_.alpha_in_place) {
+      if (o_.seen.area() < pixels()) zero_outside(how_.mask, o_.first, 1, 1);
+      return;
+    }
+    R* const to = sums(how_.mask, o_.first, pixels());
+    const Box within = reach(f_, o_);
+    const R* const by_alpha = gradients_.alpha(n_);
+    Unblurred<R> unblurred(f_, o_, by_alpha);
+    std::vector<R> row(std::size_t(within.width()));
+    for (Index y = within.y0; y < within.y1; ++y) {
+      if (f_.feather.radius > 0)
+        unblurred.row(y, row.data());
+      else
+        std::copy_n(by_alpha + (y - within.y0) * within.width(), within.width(), row.data());
+      mask_row(y, within, row.data(), to);
+    }
+    store(to, how_.mask, o_.first, pixels());
+  }
+  void mask_row(Index y, const Box& within, const R* by, R* to) {
+    if (f_.sampling == Sampling::shift) {
+      if (y < o_.top || y >= o_.top + o_.h) return;
+      const Index from = std::max(within.x0, o_.left), end = std::min(within.x1, o_.left + o_.w);
+      std::copy_n(by + from - within.x0, end - from, to + (y - o_.top) * o_.w + from - o_.left);
+      return;
+    }
+    const S* const values = at<S>(f_.mask, o_.first);
+    for (Index x = within.x0; x < within.x1; ++x)
+      spread(
+          y, x, false, values, to, [&](Index, Index) { return by[x - within.x0]; },
+          [](S value) { return share_of(value); }, 1, 1);
+  }
+
+  // Adds the derivatives by what pixel (y, x) of the image reads to those of the up to four pixels that it reads, and
+  // to those by the inverse matrix.
+  template <class By, class Value>
+  FN_BODY void spread(Index y, Index x, bool clamped, const S* values, R* to, By by, Value value, Index planes,
+                      Index step) {
+    const Reading<R> r = reading<R>(f_, o_, y, x, clamped);
+    if (r.nothing()) return;
+    const bool moves = how_.matrix != nullptr && f_.sampling == Sampling::bilinear;
+    R by_y = 0, by_x = 0;
+    for (int corner = 0; corner < 4; ++corner) {
+      const int i = corner / 2, j = corner % 2;
+      const R share = r.y.share[i] * r.x.share[j], slope_y = r.y.slope[i] * r.x.share[j],
+              slope_x = r.y.share[i] * r.x.slope[j];
+      if (share == 0 && slope_y == 0 && slope_x == 0) continue;
+      const Index at = (i ? r.y.high : r.y.low) * o_.w + (j ? r.x.high : r.x.low);
+      for (Index p = 0; p < planes; ++p)
+        for (Index s = 0; s < step; ++s) {
+          const Index k = (p * pixels() + at) * step + s;
+          const R g = by(p, s);
+          to[k] += share * g;
+          if (!moves) continue;
+          const R v = value(values[k]);
+          by_y += slope_y * v * g;
+          by_x += slope_x * v * g;
+        }
+    }
+    if (moves) add_to_inverse(r, y, x, double(by_y), double(by_x), by_inverse_);
+  }
+};
+
+// Objects need not fill the memory of pixels and mask.
+template <class S>
+void zero_all(void* data, Index count) {
+  if (data != nullptr) std::memset(data, 0, std::size_t(count) * sizeof(S));
+}
+
+template <class S>
+void composite_backward_as(const CompositeBackward& how) {
+  const Composite& f = how.forward;
+  const std::vector<Placed> all = placed_all(f);
+  Index covered = 0;
+  for (const Placed& o : all) covered += o.h * o.w;
+  if (covered != f.P) {
+    zero_all<S>(how.pixels, f.P * f.C);
+    zero_all<S>(how.mask, f.P);
+  }
+  const Gradients<S> gradients(how, all);
+  for_bands(f, sizeof(S),
+            [&](Index b, Index from, Index to) { BandBackward<S>(how, gradients).run(all, b, from, to); });
+  if (how.pixels == nullptr && how.mask == nullptr && how.matrix == nullptr) return;
+  at::parallel_for(0, f.N, 1, [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) ObjectBackward<S>(how, gradients, all[std::size_t(n)], n).run();
+  });
+}
+
+// Calls body with a number of the type.
+template <class Body>
+void for_stored(Stored stored, Body body) {
+  switch (stored) {
+    case Stored::uint8:
+      return body(Byte());
+    case Stored::float32:
+      return body(float());
+    case Stored::float64:
+      return body(double());
+    case Stored::float16:
+      return body(Half());
+    case Stored::bfloat16:
+      return body(BFloat16());
+  }
+}
+
+void composite_cpu(const Composite& how) {
+  for_stored(how.stored, [&](auto of) { composite_as<decltype(of)>(how); });
+}
+
+void composite_backward_cpu(const CompositeBackward& how) {
+  for_stored(how.forward.stored, [&](auto of) {
+    if constexpr (!std::is_same_v<decltype(of), Byte>) composite_backward_as<decltype(of)>(how);
+  });
+}
+
+const Kernels kCpu{composite_cpu, composite_backward_cpu};
+const Register<Kernels> kRegistered(at::kCPU, kCpu);
+
+}  // namespace
+}  // namespace fastnuggets::composite
