@@ -1033,3 +1033,157 @@ register(
         tolerance={**_DRAWN, torch.float64: 1e-12},
     )
 )
+
+
+# --- composite --------------------------------------------------------------------------------------------------------
+
+_OBJECT_SIZES: dict[str, tuple[tuple[int, int, int, int], tuple[tuple[int, int], ...], tuple[int, ...]]] = {
+    # [B, C, H, W], objects' [h, w], objects of each image
+    "typical": ((2, 2, 5, 6), ((3, 4), (2, 2), (4, 3)), (2, 1)),
+    "larger": ((3, 3, 6, 7), ((3, 3), (1, 4), (2, 2), (5, 3)), (1, 0, 3)),
+    "one": ((1, 1, 1, 1), ((1, 1),), (1,)),
+    "empty": ((2, 2, 4, 3), (), (0, 0)),
+    "parallel": ((3, 3, 140, 150), ((60, 80), (90, 40), (120, 130), (30, 31)), (1, 0, 3)),
+}
+
+
+def _objects(
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "typical",
+    *,
+    place: bool = False,
+    perspective: float = 0.0,
+    mix: int = 0,
+    nearest: bool = False,
+    taps: tuple[float, ...] = (),
+    zero_edge: bool = False,
+    channels_last: bool = False,
+) -> tuple[Any, ...]:
+    """Arguments of composite without labels: objects here and there, some partly outside, or by a matrix."""
+    uniform = _random(12, device, dtype)
+    (b, c, h, w), sizes, counts = _OBJECT_SIZES[name]
+    areas = [height * width for height, width in sizes]
+    starts = [0, *itertools.accumulate(areas)]
+    rows = torch.tensor([(s, *size) for s, size in zip(starts, sizes, strict=False)], dtype=torch.int64, device=device)
+    ptr = torch.tensor([0, *counts], device=device).cumsum(0)
+    background = uniform(0, 1, *((b, h, w, c) if channels_last else (b, c, h, w)))
+    pixels, mask = uniform(0, 1, starts[-1] * c), uniform(0.1, 0.9, starts[-1])
+    # Where objects lie does not depend on the type.
+    number = _random(13, device, torch.float64)
+    corner = number(-0.3, 0.5, len(sizes), 2) * torch.tensor([h, w], device=device)
+    rule = (mix, nearest, list(taps), zero_edge, channels_last)
+    objects = (background, pixels, mask, rows.reshape(-1, 3), ptr)
+    if place:
+        return (*objects, corner.round().long(), None, *rule)
+    linear = torch.eye(2, dtype=torch.float64, device=device) + number(-0.3, 0.3, len(sizes), 2, 2)
+    bottom = torch.cat([number(-perspective, perspective, len(sizes), 1, 2), torch.ones_like(linear[:, :1, :1])], 2)
+    matrix = torch.cat([torch.cat([linear, corner.flip(1)[:, :, None]], 2), bottom], 1)
+    return (*objects, None, matrix, *rule)
+
+
+_TAPS = (0.4, 0.2, 0.1)
+_COMPOSITES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name, "taps": _TAPS[:2]} for name in _OBJECT_SIZES},
+    "placed": {"place": True},
+    "placed, blurred": {"place": True, "taps": _TAPS, "channels_last": True},
+    "placed, grown": {"place": True, "taps": _TAPS, "zero_edge": True},
+    "grown": {"taps": _TAPS, "zero_edge": True, "channels_last": True},
+    "homography": {"perspective": 0.03, "channels_last": True},
+    "nearest": {"nearest": True, "taps": (1 / 3, 1 / 3)},
+    "difference": {"mix": 1},
+    "premultiplied": {"mix": 2},
+    "premultiplied difference": {"mix": 3, "place": True},
+}
+
+
+def _composite_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    return {name: (*_objects(device, dtype, **how), name != "placed") for name, how in _COMPOSITES.items()}
+
+
+def _composite_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, how in _COMPOSITES.items():
+        arguments = _objects(device, dtype, **how)
+        grad = _random(14, device, dtype)(-1, 1, *arguments[0].shape)
+        made[name] = (grad, *arguments, [True, True, True, not how.get("place")])
+    return made
+
+
+def _reference_composite(
+    background: Tensor,
+    pixels: Tensor,
+    mask: Tensor,
+    sizes: Tensor,
+    ptr: Tensor,
+    place: Tensor | None,
+    matrix: Tensor | None,
+    mix: int,
+    nearest: bool,
+    taps: list[float],
+    zero_edge: bool,
+    channels_last: bool,
+    labels: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = background.shape[-1 if channels_last else 1]
+    images, masks = [], []
+    for first, h, w in sizes.tolist():
+        masks.append(mask[first : first + h * w].view(h, w))
+        flat = pixels[first * channels : (first + h * w) * channels]
+        images.append(flat.view(h, w, channels).permute(2, 0, 1) if channels_last else flat.view(channels, h, w))
+    image, ids, area = reference.composite(
+        background.permute(0, 3, 1, 2) if channels_last else background,
+        images,
+        masks,
+        ptr.tolist(),
+        place=place,
+        matrix=matrix,
+        difference=mix % 2 == 1,
+        premultiplied=mix >= 2,
+        nearest=nearest,
+        taps=taps,
+        zero_edge=zero_edge,
+    )
+    image = image.permute(0, 2, 3, 1) if channels_last else image
+    return image, ids if labels else ids.new_empty(0), area if labels else area.new_empty(0)
+
+
+def _reference_composite_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *arguments, wanted = given
+    for i in (0, 1, 2, 6):
+        if arguments[i] is not None:
+            arguments[i] = arguments[i].detach().requires_grad_()
+    with torch.enable_grad():
+        image = _reference_composite(*arguments)[0]
+        inputs = [arguments[i] for i in (0, 1, 2, 6) if arguments[i] is not None]
+        found = iter(_gradients([image], inputs, [grad]))
+    return tuple(next(found).detach() if w else grad.new_zeros(0) for w in wanted)
+
+
+_COMPOSITE = ("background", "pixels", "mask", "matrix")
+# Half types are rounded after each object, each way: seen, up to 1.6e-3 and 1.2e-2.
+_ROUNDED = {**ROUNDING, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+register(
+    OpCase(
+        "fastnuggets::composite",
+        _composite_samples,
+        _reference_composite,
+        _COMPOSITE,
+        double_backward=False,
+        dtypes=_FLOATING,
+        any_dtype=_COMPOSITE,
+        tolerance=_ROUNDED,
+        gradient_tolerance=_ROUNDED,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::composite_backward",
+        _composite_backward_samples,
+        _reference_composite_backward,
+        dtypes=_FLOATING,
+        any_dtype=("grad", *_COMPOSITE),
+        tolerance=_ROUNDED,
+    )
+)

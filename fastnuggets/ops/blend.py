@@ -323,8 +323,8 @@ def _each(name: str, value: Numbers | Sequence[bool], like: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastnuggets::composite")
 def _(background, pixels, mask, sizes, ptr, place, matrix, mix, nearest, taps, zero_edge, channels_last, labels):  # type: ignore[no-untyped-def]
-    b, h, w = background.size(0), *(background.shape[1:3] if channels_last else background.shape[2:4])
-    ids = background.new_empty((b, h, w) if labels else (0,), dtype=torch.int32)
+    shape = background.shape[:3] if channels_last else (background.shape[0], *background.shape[2:])
+    ids = background.new_empty(shape if labels else (0,), dtype=torch.int32)
     area = background.new_empty((sizes.size(0) if labels else 0,), dtype=torch.int64)
     return background.new_empty(background.shape), ids, area
 

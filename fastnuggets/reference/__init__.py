@@ -10,6 +10,7 @@ from fastnuggets.reference.average import (
     swag_update,
     weighted_sum,
 )
+from fastnuggets.reference.blend import composite
 from fastnuggets.reference.inverse import fit_atoms
 from fastnuggets.reference.sample import (
     gumbel_softmax,
@@ -26,6 +27,7 @@ __all__ = [
     "adamw_step",
     "atom_relevance",
     "average_update",
+    "composite",
     "fit_atoms",
     "gumbel_softmax",
     "join",
