@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
 _DESCRIPTION = """\
-Fast kernels for PyTorch: molecules as grids and back.
+Fast kernels for PyTorch: molecules as grids and back, averages of weights, and scenes pasted together.
 
 examples:
   fastnuggets info
@@ -38,6 +38,8 @@ examples:
   fastnuggets voxelize molecules.smi --out grids.zarr
   fastnuggets invert grids.zarr --out atoms.sdf
   fastnuggets average a.safetensors b.safetensors -o soup.safetensors
+  fastnuggets compose --objects objects --backgrounds rooms --out scenes --images 10000
+  fastnuggets blend cat.jpg mask.png room.jpg -o out.png --mode poisson
 """
 _EXIT_CODES = """\
 exit codes:
@@ -86,8 +88,30 @@ examples:
   fastnuggets average base/ tuned/ --weights 0.3 0.7 -o merged/ --max-shard-size 5GB
   fastnuggets average epoch*.pt --ema 0.9 -o ema.safetensors --dtype float32
 """
+_COMPOSE = """\
+Paste objects onto backgrounds: a COCO data set, OUT/images and OUT/annotations.json, whose labels are of what is
+visible.
+
+Objects are images with an alpha channel or with a mask beside them (name.jpg and name.pbm, or name_mask.png); the
+folder below DIR that they lie in is their category. Image k follows from the seed and k alone. What is finished stays
+in OUT.partial until all is done: after an interruption the same command goes on from there.
+
+examples:
+  fastnuggets compose --objects objects --backgrounds rooms --out scenes --images 10000
+  fastnuggets compose --objects objects --backgrounds rooms --out scenes --images 2000 --preset dwibedi2017
+  fastnuggets compose --objects photos --masks grabcut --backgrounds rooms --out scenes --blend poisson --count 1,4
+  fastnuggets compose --objects train2017 --annotations instances.json --backgrounds rooms --out scenes
+"""
+_BLEND = """\
+Paste one image onto another, where its mask is white. By default in the middle.
+
+examples:
+  fastnuggets blend cat.jpg mask.png room.jpg -o out.png
+  fastnuggets blend cat.jpg mask.png room.jpg -o out.png --mode gaussian --at 120,40
+"""
 _RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "deepfrag")
 _KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
+_BLENDS = ("poisson", "mixed", "average", "rectangle", "none", "gaussian", "box", "difference", "multiband")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SIGMA = {"wave": 1.0, "gaussian": 0.5}
 _BATCH_BYTES = 1 << 28
@@ -188,7 +212,54 @@ def _parser() -> argparse.ArgumentParser:
     soup.add_argument("--max-shard-size", type=_size, metavar="5GB", help="write shards and an index if it is larger")
     soup.add_argument("--allow-nonfinite", action="store_true", help="write NaN and inf instead of refusing them")
     soup.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+    _add_compose(command("compose", _compose, "objects and backgrounds -> scenes with labels (COCO)", _COMPOSE))
+
+    paste = command("blend", _blend, "one image pasted onto another", _BLEND)
+    paste.add_argument("foreground", type=Path, metavar="FG", help="what to paste")
+    paste.add_argument("mask", type=Path, metavar="MASK", help="of the size of FG: white is pasted")
+    paste.add_argument("background", type=Path, metavar="BG", help="what to paste onto")
+    paste.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="name.png or name.jpg")
+    paste.add_argument("--mode", choices=_BLENDS, default="poisson", metavar="MODE", help=", ".join(_BLENDS))
+    paste.add_argument("--at", type=_place, metavar="Y,X", help="row and column of BG where FG begins")
     return parser
+
+
+def _add_compose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--objects", required=True, type=Path, metavar="DIR", help="the cut-outs")
+    parser.add_argument(
+        "--masks", choices=("auto", "alpha", "file", "grabcut"), default="auto", help="default: %(default)s"
+    )
+    parser.add_argument("--inverted-masks", action="store_true", help="masks are black on the object")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO instances of --objects, as cut-outs")
+    parser.add_argument("--distractors", type=Path, metavar="DIR", help="cut-outs that are pasted and not labelled")
+    parser.add_argument("--backgrounds", required=True, type=Path, metavar="DIR", help="photographs")
+    parser.add_argument("--background-annotations", type=Path, metavar="JSON", help="COCO instances of --backgrounds")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument("--images", type=_whole, default=1000, metavar="N", help="scenes (default %(default)s)")
+    parser.add_argument("--preset", default="default", help="settings to begin with (default: %(default)s)")
+    parser.add_argument(
+        "--blend",
+        metavar="A,B,...",
+        help="one of these for each scene; all: every scene in five blends, as Dwibedi 2017",
+    )
+    parser.add_argument("--same-scene", action="store_true", help="each scene in each blend")
+    parser.add_argument("--level", choices=("object", "box"), help="paste the object, or its whole box")
+    parser.add_argument("--size", type=_place, metavar="H,W", help="of the images (default 480,640)")
+    parser.add_argument("--count", type=_place, metavar="A,B", help="least and most objects in a scene")
+    parser.add_argument("--distractor-count", type=_place, metavar="A,B", help="the same for distractors (default 2,4)")
+    parser.add_argument("--scale", type=_pair, metavar="A,B", help="least and largest size; see --scale-of")
+    parser.add_argument("--scale-of", choices=("cutout", "canvas"), help="of the cut-out's size, or of the image's")
+    parser.add_argument("--angle", type=_pair, metavar="A,B", help="degrees")
+    parser.add_argument("--max-overlap", type=float, metavar="IOU", help="of the boxes of two objects")
+    parser.add_argument("--min-visibility", type=float, metavar="PART", help="of each object, 0 to 1")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: %(default)s")
+    parser.add_argument("--quality", type=_whole, default=95, help="of jpg (default %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores; 0: this one)")
+    parser.add_argument("--restart", action="store_true", help="throw away OUT.partial instead of going on from it")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if a file was skipped")
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +303,25 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
+    return value
+
+
+def _pair(text: str, kind: Callable[[str], Any] = float) -> tuple[Any, Any]:
+    try:
+        first, second = map(kind, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two numbers such as 3,8, got {text!r}") from None
+    return first, second
+
+
+def _place(text: str) -> tuple[int, int]:
+    return _pair(text, int)
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
     return value
 
 
@@ -565,6 +655,80 @@ def _average(args: argparse.Namespace) -> int:
     shards = f" in {len(soup.files) - 1} shards" if len(soup.files) > 1 else ""
     count = f"{len(args.inputs)} checkpoint{'s' if len(args.inputs) > 1 else ''}"
     print(f"{soup.files[-1]}: {soup.tensors} tensors{shards}, the average of {count}")
+    return OK
+
+
+def _compose(args: argparse.Namespace) -> int:
+    from fastnuggets.scenes import Backgrounds, Cutouts, SceneComposer, compose
+
+    if args.annotations:
+        cutouts = Cutouts.from_coco(args.objects, args.annotations)
+    else:
+        cutouts = Cutouts.from_folder(args.objects, masks=args.masks, inverted=args.inverted_masks)
+    if args.background_annotations:
+        backgrounds = Backgrounds.from_coco(args.backgrounds, args.background_annotations)
+    else:
+        backgrounds = Backgrounds.from_folder(args.backgrounds)
+    options = {"masks": args.masks, "inverted": args.inverted_masks}
+    distractors = Cutouts.from_folder(args.distractors, **options) if args.distractors else ()
+    composer = SceneComposer(cutouts, backgrounds, _recipe(args), seed=args.seed, distractors=distractors)
+    made = compose(
+        composer,
+        args.out,
+        args.images,
+        kind=args.format,
+        quality=args.quality,
+        workers=args.workers,
+        restart=args.restart,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+    for name, reason in list(made.skipped.items())[:_TOLD]:
+        _say(f"skipped {name}: {reason}")
+    if made.left_out:
+        _say(f"objects left out for want of a place: {made.left_out}")
+    broken = f", {len(made.skipped)} broken files skipped (named in {made.report})" if made.skipped else ""
+    print(f"{made.out}: {made.images} images with {made.annotations} objects{broken}")
+    return SKIPPED if made.skipped and args.strict else OK
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """The preset with what the command line says otherwise."""
+    from fastnuggets.scenes import ALL_BLENDS, preset
+
+    changes: dict[str, Any] = {"objects": args.count}
+    for name in ("size", "level", "scale", "scale_of", "angle", "max_overlap", "min_visibility"):
+        changes[name] = getattr(args, name)
+    if args.blend:
+        changes["blend"] = ALL_BLENDS if args.blend == "all" else tuple(args.blend.split(","))
+        changes["same_scene"] = args.same_scene or args.blend == "all"
+    elif args.same_scene:
+        changes["same_scene"] = True
+    if args.distractors:
+        changes["distractors"] = args.distractor_count or (2, 4)
+    elif args.distractor_count:
+        raise _UsageError("--distractor-count needs --distractors")
+    try:
+        return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _blend(args: argparse.Namespace) -> int:
+    from fastnuggets.molecules.files import atomic_write
+    from fastnuggets.scenes.blending import blend_one
+    from fastnuggets.scenes.images import encode, read_mask, read_rgb
+
+    kind = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}.get(args.out.suffix.lower())
+    if kind is None:
+        raise _UsageError(f"--out must end in .png or .jpg, got {args.out}")
+    foreground, mask, background = read_rgb(args.foreground), read_mask(args.mask), read_rgb(args.background)
+    if mask.shape != foreground.shape[:2]:
+        raise ValueError(f"{args.mask}: the mask is {mask.shape}, and the foreground {foreground.shape[:2]}")
+    middle = tuple((whole - part) // 2 for whole, part in zip(background.shape, mask.shape, strict=False))
+    with atomic_write(args.out) as file:
+        file.write(encode(blend_one(background, foreground, mask, args.at or middle, args.mode), kind))
+    print(f"{args.out}: {background.shape[1]} x {background.shape[0]}, {args.mode}")
     return OK
 
 

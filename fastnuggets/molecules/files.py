@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, TypeVar
 T = TypeVar("T")
 
 
-def need(module: str) -> Any:
+def need(module: str, extra: str = "molecules") -> Any:
     """Import ``module``, or raise an ImportError that names the extra it comes with."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is not installed: pip install 'fastnuggets[molecules]'") from error
+        raise ImportError(f"{package} is not installed: pip install 'fastnuggets[{extra}]'") from error
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -4,6 +4,7 @@ from fastnuggets.nn.bayes import BayesConv1d, BayesConv2d, BayesConv3d, BayesLin
 from fastnuggets.nn.dropout import ConcreteDropout, Dropout, GaussianDropout, StochasticDepth
 from fastnuggets.nn.encoder import GaussianEncoder
 from fastnuggets.nn.inverse import Deconvolution
+from fastnuggets.nn.paste import Copied, CopyPaste, Pasted, RandomPaste
 from fastnuggets.nn.predict import Prediction, mc_predict
 from fastnuggets.nn.stochastic import Stochastic, sampling, weight_scaling_
 from fastnuggets.nn.variance import (
@@ -25,11 +26,15 @@ __all__ = [
     "BayesConv3d",
     "BayesLinear",
     "ConcreteDropout",
+    "Copied",
+    "CopyPaste",
     "Deconvolution",
     "Dropout",
     "GaussianDropout",
     "GaussianEncoder",
+    "Pasted",
     "Prediction",
+    "RandomPaste",
     "Stochastic",
     "StochasticDepth",
     "VarianceConv1d",

@@ -1,0 +1,45 @@
+"""Scenes for training: objects cut out here and pasted there, with labels that are exact.
+
+`Cutouts` reads objects and `Backgrounds` what they are pasted onto. A `SceneComposer` makes scene k from (seed, k) and
+a `Recipe` (`preset`) of places, sizes and blends; its `Labels` are of what is visible in the end. `compose` writes a
+COCO data set with all cores, as the command `fastnuggets compose` does; `PasteDataset` makes scenes while a network
+trains. Blending itself is in `fastnuggets.ops`, and `fastnuggets.nn.RandomPaste` pastes into batches on a device.
+
+Needs the extra ``fastnuggets[scenes]`` as soon as a file is touched.
+"""
+
+from fastnuggets.scenes.backgrounds import Background, Backgrounds, Known
+from fastnuggets.scenes.blending import Motion
+from fastnuggets.scenes.coco import CocoWriter, coco_annotations
+from fastnuggets.scenes.compose import Composed, compose
+from fastnuggets.scenes.composer import Scene, SceneComposer
+from fastnuggets.scenes.cutouts import Cutout, Cutouts, grabcut
+from fastnuggets.scenes.dataset import PasteDataset
+from fastnuggets.scenes.images import BrokenFileError
+from fastnuggets.scenes.labels import Instance, Labels, Placed
+from fastnuggets.scenes.recipes import ALL_BLENDS, PRESETS, Recipe, preset
+
+__all__ = [
+    "ALL_BLENDS",
+    "PRESETS",
+    "Background",
+    "Backgrounds",
+    "BrokenFileError",
+    "CocoWriter",
+    "Composed",
+    "Cutout",
+    "Cutouts",
+    "Instance",
+    "Known",
+    "Labels",
+    "Motion",
+    "PasteDataset",
+    "Placed",
+    "Recipe",
+    "Scene",
+    "SceneComposer",
+    "coco_annotations",
+    "compose",
+    "grabcut",
+    "preset",
+]

@@ -1,0 +1,117 @@
+"""Placed objects blended onto a background, by the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastnuggets import ops
+from fastnuggets.scenes.labels import Placed, clipped
+from fastnuggets.scenes.recipes import Recipe
+
+_KINDS = ("full", "left", "right")
+_GUIDANCE = {"poisson": "import", "mixed": "mixed", "rectangle": "import"}
+_WAYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "motion": {},  # of what is pasted hard
+    "gaussian": {"mode": "gaussian"},
+    "box": {"mode": "box", "size": 3},  # as Dwibedi 2017
+    "difference": {"mode": "difference"},
+}
+
+
+class Motion(NamedTuple):
+    """Motion blur of a whole scene, as Dwibedi 2017 draws it."""
+
+    length: int
+    angle: float  # degrees
+    kind: str  # the whole line, or the half left or right of its middle
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Motion:
+        length = int(rng.choice((3, 5, 7, 9)))
+        directions = 4 * (length // 2)
+        return cls(length, 180 / directions * int(rng.integers(directions)), _KINDS[int(rng.integers(3))])
+
+
+def blend_all(
+    background: np.ndarray, placed: Sequence[Placed], blends: Sequence[str], recipe: Recipe, motion: Motion
+) -> dict[str, np.ndarray]:
+    """[H, W, 3] uint8 by blend: objects in order on a background [H, W, 3] uint8, which is left alone."""
+    under = torch.from_numpy(background)
+    if not placed:
+        nothing = {name: _blurred(under, motion, recipe) if name == "motion" else under.clone() for name in blends}
+        return {name: image.numpy() for name, image in nothing.items()}
+    images = [one.image for one in placed]
+    position = torch.tensor([(one.y, one.x) for one in placed])
+    objects = _pack(images, [one.mask for one in placed])
+    made: dict[str, np.ndarray] = {}
+    for name in blends:
+        if name in ("poisson", "mixed"):
+            solid = _pack(images, [_domain(one, recipe.compatible) for one in placed])
+            options = {"ptr": [0, len(placed)], "guidance": _GUIDANCE[name]}
+            image: Any = ops.poisson_blend(under, solid, position=position, channels_last=True, **options)
+        else:
+            way = {**_WAYS[name], "edge": "reflect" if recipe.compatible else "zero"}
+            if name == "gaussian":
+                way["size"], way["sigma"] = recipe.feather
+            image = ops.composite(under, objects, position=position, channels_last=True, **way)
+            image = _blurred(image, motion, recipe) if name == "motion" else image
+        made[name] = np.asarray(image)
+    return made
+
+
+def _pack(images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> ops.Objects:
+    pixels, alphas = ([torch.from_numpy(np.ascontiguousarray(array)) for array in arrays] for arrays in (images, masks))
+    return ops.pack_objects(pixels, alphas, channels_last=True)
+
+
+def _domain(one: Placed, compatible: bool) -> np.ndarray:
+    """Where Poisson's equation is solved; the compatible form leaves the border of the object's box out."""
+    domain = one.solid.astype(np.uint8) * np.uint8(255)
+    if compatible:
+        domain[[0, -1]] = 0
+        domain[:, [0, -1]] = 0
+    return domain
+
+
+def _blurred(image: Tensor, motion: Motion, recipe: Recipe) -> Tensor:
+    raise NotImplementedError
+
+
+def blend_one(
+    background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, at: Sequence[int], mode: str
+) -> np.ndarray:
+    """[H, W, 3] uint8: a foreground [h, w, 3] with its mask [h, w] uint8 pasted at row and column ``at``.
+
+    mode: none, gaussian, box, difference (`fastnuggets.ops.composite`); poisson, mixed, average, and rectangle, which
+    is poisson on the mask's whole rectangle (`fastnuggets.ops.poisson_blend`); multiband.
+    """
+    if mode == "multiband":
+        return _multiband(background, foreground, mask, at)
+    under, position = torch.from_numpy(background), torch.tensor([list(at)])
+    objects = _pack([foreground], [mask])
+    options: dict[str, Any] = {"position": position, "channels_last": True}
+    if mode in ("poisson", "mixed", "average", "rectangle"):
+        options |= {"guidance": _GUIDANCE.get(mode, mode), "domain": "rectangle" if mode == "rectangle" else "mask"}
+        return np.asarray(ops.poisson_blend(under, objects, **options))
+    return np.asarray(ops.composite(under, objects, edge="zero", **options, **_WAYS[mode]))
+
+
+def _multiband(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, at: Sequence[int]) -> np.ndarray:
+    """Of images of one size: around the foreground its edge goes on, under a mask of 0."""
+    rows, columns = (
+        np.clip(np.arange(whole) - first, 0, part - 1)
+        for whole, first, part in zip(background.shape, at, mask.shape, strict=False)
+    )
+    around = np.zeros(background.shape[:2], np.uint8)
+    inside, where = clipped((at[0], at[1], mask), around.shape)
+    around[where] = inside
+    images = background, foreground[rows[:, None], columns]
+    under, over = (torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images)
+    made = ops.multiband_blend(under, over, torch.from_numpy(around))
+    return np.ascontiguousarray(made.permute(1, 2, 0).numpy())
