@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -126,16 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, or the one that the first argument names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "molecules"
-    if name == "average":
-        from fastnuggets import demo_average
-
-        return demo_average.main(arguments)
-    if name == "sample":
-        from fastnuggets import demo_sample
-
-        return demo_sample.main(arguments)
+    if name in ("average", "sample", "blend"):
+        return int(import_module(f"fastnuggets.demo_{name}").main(arguments))
     if name != "molecules":
-        _parser().error(f"there is no demo {name!r}: molecules, average, sample")
+        _parser().error(f"there is no demo {name!r}: molecules, average, sample, blend")
     args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
@@ -155,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Three demos; each writes a page that needs no network.
+Four demos; each writes a page that needs no network.
 
   molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
              returns: OUT/report.html. This is what runs without a name.
@@ -163,6 +158,8 @@ Three demos; each writes a page that needs no network.
              Its options: fastnuggets demo average --help
   sample     A layer that is nothing but noise, networks that say how sure they are, and noise that repeats:
              OUT/sample.html. Its options: fastnuggets demo sample --help
+  blend      One object under every blend with its errors, and detectors that learn from composed scenes:
+             OUT/blend.html. Its options: fastnuggets demo blend --help
 
 Options of molecules:"""
 
@@ -172,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastnuggets demo",
         usage="%(prog)s [molecules] [--input FILE] [--out DIR] [--quick] [--seed SEED] [--resume | --fresh]\n"
         "       %(prog)s average [--help]\n"
-        "       %(prog)s sample [--help]",
+        "       %(prog)s sample [--help]\n"
+        "       %(prog)s blend [--help]",
         description=_DESCRIPTION,
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
