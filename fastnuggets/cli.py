@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     paste.add_argument("background", type=Path, metavar="BG", help="what to paste onto")
     paste.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="name.png or name.jpg")
     paste.add_argument("--mode", choices=_BLENDS, default="poisson", metavar="MODE", help=", ".join(_BLENDS))
-    paste.add_argument("--at", type=_place, metavar="Y,X", help="row and column of BG where FG begins")
+    paste.add_argument("--at", type=_place, metavar="Y,X", help="row and column of BG where FG begins; --at=-8,70")
     return parser
 
 
@@ -250,7 +250,7 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distractor-count", type=_place, metavar="A,B", help="the same for distractors (default 2,4)")
     parser.add_argument("--scale", type=_pair, metavar="A,B", help="least and largest size; see --scale-of")
     parser.add_argument("--scale-of", choices=("cutout", "canvas"), help="of the cut-out's size, or of the image's")
-    parser.add_argument("--angle", type=_pair, metavar="A,B", help="degrees")
+    parser.add_argument("--angle", type=_pair, metavar="A,B", help="degrees; --angle=-30,30")
     parser.add_argument("--max-overlap", type=float, metavar="IOU", help="of the boxes of two objects")
     parser.add_argument("--min-visibility", type=float, metavar="PART", help="of each object, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

@@ -245,7 +245,9 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and not error.filename:  # a full disk is noticed by a write, which has no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -17,7 +17,7 @@ from fastnuggets.scenes.recipes import Recipe, preset
 from fastnuggets.scenes.transforms import Form, jitter, transform, transform_compatible, turned_size
 
 T = TypeVar("T")
-Support = Mapping[str, Sequence[Sequence[float]]]
+Points = Mapping[str, Sequence[Sequence[float]]]
 
 _BROKEN = 64  # broken files in a row before it is an error
 _REDRAWS = 1000  # of a scale or an angle until the object fits, and of a scene, where the compatible form does so
@@ -59,7 +59,8 @@ class SceneComposer:
         distractors: cut-outs that are pasted after the objects and not labelled, as many as the recipe says.
         support: points that objects stand on: by the background's name rows (y, x, scale), in pixels of the file. The
             middle of an object's foot comes to a point drawn from them, and ``scale`` is its size in pixels of the file
-            over that of the cut-out, times the scale that the recipe draws. Other backgrounds are used freely.
+            over that of the cut-out, times the scale that the recipe draws. Other backgrounds are used freely. Of
+            `Places` they are ``np.column_stack([places.points[:, ::-1], places.scale(reference)])``.
         cache_bytes: memory for backgrounds at their size.
 
     ValueError where something is empty or does not fit together. Needs `fastnuggets[scenes]`.
@@ -73,7 +74,7 @@ class SceneComposer:
         *,
         seed: int = 0,
         distractors: Sequence[Cutout] = (),
-        support: Support | None = None,
+        support: Points | None = None,
         cache_bytes: int = 1 << 28,
     ) -> None:
         self.recipe = preset(recipe) if isinstance(recipe, str) else recipe
@@ -201,7 +202,7 @@ class _Layout:
         self.composer, self.recipe, self.rng = composer, composer.recipe, rng
         self.background, self.enlarged = composer.draw_background(rng)
         self.points = composer.support.get(self.background.name, ())
-        self.ids = np.full(self.recipe.size, -1, np.int32)
+        self.ids = np.full(self.recipe.size, -1, np.int16)
         self.known = [_as_placed(one.mask, one.category, one.name) for one in self.background.known]
         self.placed: list[Placed] = []
         self.boxes: list[tuple[int, int, int, int]] = []  # y, x, height, width of each placed object, whole

@@ -224,13 +224,9 @@ class LeastRecent(Generic[T]):
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """y, x, height, width of the true pixels of a [H, W] mask; None if there is none."""
-    rows = np.flatnonzero(mask.any(1))
-    if not len(rows):
-        return None
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    columns = np.flatnonzero(mask[first:last].any(0))
-    return first, int(columns[0]), last - first, int(columns[-1]) + 1 - int(columns[0])
+    """y, x, height, width of the pixels of a [H, W] mask, bool or uint8, that are not 0; None if there is none."""
+    x, y, width, height = need("cv2", "scenes").boundingRect(mask.view(np.uint8)) if mask.size else (0, 0, 0, 0)
+    return (y, x, height, width) if width else None
 
 
 def grabcut(image: np.ndarray) -> np.ndarray:

@@ -41,8 +41,8 @@ def transform(form: Form, scale: float, angle: float, flip: bool, soft: bool) ->
     if angle:
         image, mask = _turn(image, mask, angle)
     if not soft:
-        mask = np.where(mask >= _HALF, np.uint8(255), np.uint8(0))
-    box = bounding_box(mask > 0)
+        mask = need("cv2", "scenes").threshold(np.ascontiguousarray(mask), _HALF - 1, 255, 0)[1]
+    box = bounding_box(np.ascontiguousarray(mask))
     y, x, h, w = box or (0, 0, 1, 1)
     return Form(image[y : y + h, x : x + w], mask[y : y + h, x : x + w])
 
