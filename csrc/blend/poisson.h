@@ -37,8 +37,8 @@ constexpr int kGuidances = 3;
 enum class Pixel : int { uint8, float32, float64 };
 
 constexpr int kTable = 6;           // columns of the table: image, y, x, h, w, first pixel
-constexpr int kCoarsest = 4;        // no further level when both sides have at most so many points
-constexpr int kCoarsestSweeps = 8;  // symmetric relaxations there
+constexpr int kCoarsest = 4;        // both sides of the last level; there are at least two levels
+constexpr int kCoarsestSweeps = 4;  // relaxations there, each in both orders of the colours
 constexpr int kMaxLevels = 32;
 
 struct Scene {

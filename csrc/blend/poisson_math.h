@@ -6,6 +6,15 @@
 #include "blend/poisson.h"
 #include "common/host_device.h"
 
+// Before a loop of few rounds.
+#if defined(__CUDA_ARCH__)
+#define FN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define FN_UNROLL
+#else
+#define FN_UNROLL _Pragma("GCC unroll 3")
+#endif
+
 namespace fastnuggets::poisson {
 
 // ---- geometry
@@ -74,10 +83,18 @@ FN_HD T magnitude(T x) {
   return x < T(0) ? -x : x;
 }
 
-// Guidance of an edge: the difference wanted along it, from the object's (fg) and the background's (bg). Ties go to fg.
+// Whether the background's difference along an edge is the larger one. Ties go to the object: also those that are none
+// only because the values, say 1/255, were rounded to float.
+template <class T>
+FN_HD bool background_wins(T fg, T bg) {
+  constexpr T kTie = T(4e-6);  // a thousandth of a grey level of images up to 1
+  return magnitude(bg) > magnitude(fg) + kTie;
+}
+
+// Guidance of an edge: the difference wanted along it, from the object's (fg) and the background's (bg).
 template <class T>
 FN_HD T guidance_of(Guidance guidance, T fg, T bg) {
-  if (guidance == Guidance::mixed) return magnitude(bg) > magnitude(fg) ? bg : fg;
+  if (guidance == Guidance::mixed) return background_wins(fg, bg) ? bg : fg;
   return guidance == Guidance::average ? T(0.5) * (fg + bg) : fg;
 }
 
@@ -104,7 +121,7 @@ struct EdgeSlopes {
 template <class T>
 FN_HD EdgeSlopes<T> edge_slopes(Guidance guidance, T fg, T bg, T weight) {
   T share = T(1);  // of fg in the guidance
-  if (guidance == Guidance::mixed) share = magnitude(bg) > magnitude(fg) ? T(0) : T(1);
+  if (guidance == Guidance::mixed) share = background_wins(fg, bg) ? T(0) : T(1);
   if (guidance == Guidance::average) share = T(0.5);
   return {weight * share, T(1) - weight * share, guidance_of(guidance, fg, bg) - bg};
 }
@@ -114,10 +131,11 @@ FN_HD EdgeSlopes<T> edge_slopes(Guidance guidance, T fg, T bg, T weight) {
 FN_HD int coarse_size(int n) { return n / 2 + 1; }
 FN_HD int count_levels(int ny, int nx) {
   int levels = 1;
-  for (; ny > kCoarsest || nx > kCoarsest; ++levels) {
+  do {
     ny = coarse_size(ny);
     nx = coarse_size(nx);
-  }
+    ++levels;
+  } while (ny > kCoarsest || nx > kCoarsest);
   return levels;
 }
 
@@ -143,18 +161,15 @@ template <class V, class Fine>
 FN_HD V galerkin_entry(const Fine& fine, int down, int right) {
   constexpr float kW[3] = {0.5f, 1.0f, 0.5f};  // of the points beside the coarse one on an axis
   V sum{};
-#pragma GCC unroll 3
-  for (int i = -1; i <= 1; ++i)
-#pragma GCC unroll 3
-    for (int j = -1; j <= 1; ++j)
-#pragma GCC unroll 3
-      for (int di = -1; di <= 1; ++di)
-#pragma GCC unroll 3
-        for (int dj = -1; dj <= 1; ++dj) {
-          const int k = i + di - 2 * down, l = j + dj - 2 * right;
-          if (k < -1 || k > 1 || l < -1 || l > 1) continue;
-          sum += (kW[i + 1] * kW[j + 1] * kW[k + 1] * kW[l + 1]) * entry(fine, i, j, di, dj);
-        }
+  FN_UNROLL
+  for (int i = -1; i <= 1; ++i) FN_UNROLL
+  for (int j = -1; j <= 1; ++j) FN_UNROLL
+  for (int di = -1; di <= 1; ++di) FN_UNROLL
+  for (int dj = -1; dj <= 1; ++dj) {
+    const int k = i + di - 2 * down, l = j + dj - 2 * right;
+    if (k < -1 || k > 1 || l < -1 || l > 1) continue;
+    sum += (kW[i + 1] * kW[j + 1] * kW[k + 1] * kW[l + 1]) * V(entry(fine, i, j, di, dj));
+  }
   return sum;
 }
 template <class V, class Fine>
@@ -172,6 +187,12 @@ FN_HD Stencil<T> interior_stencil(int level) {
 }
 
 // ---- solution
+
+// Over-relaxation: u += factor * (relaxed - u). At level 0 only red points (i + j even) before restriction; black ones
+// come after them, so that there the residual is 0. At other levels all points, in the order even rows before odd
+// ones, in a row even columns before odd ones.
+constexpr float kRedFactor = 1.2f;
+constexpr float kCoarseFactor = 1.15f;
 
 // Relaxation at level 0: the four neighbours, of which those outside the domain are 0.
 template <class V>
@@ -195,10 +216,11 @@ FN_HD auto restricted(const Fine& fine, int I, int J) {
          ((fine(i - 1, j - 1) + fine(i - 1, j + 1)) + (fine(i + 1, j - 1) + fine(i + 1, j + 1))) * 0.25f;
 }
 
-// Largest error left after a cycle that changed u by at most `change`, the one before by `before` (infinity: unknown).
-// NaN stays NaN.
+// Largest error left after a cycle whose correction, the largest |u| of level 1 at its end, was `change`, that of the
+// cycle before `before` (infinity: unknown; full multigrid's own cycle counts). NaN stays NaN.
 FN_HD float error_left(float change, float before) {
-  constexpr float kLeast = 0.2f, kMost = 0.9f;  // contraction of a cycle: one seen smaller is not trusted
+  constexpr float kLeast = 1.0f / 3.0f, kMost = 0.9f;  // contraction of a cycle: one seen smaller is not trusted
+  if (change == 0.0f) return 0.0f;
   float rate = change / before;
   if (rate < kLeast) rate = kLeast;
   if (rate > kMost) rate = kMost;
