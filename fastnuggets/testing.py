@@ -1059,6 +1059,7 @@ def _objects(
     taps: tuple[float, ...] = (),
     zero_edge: bool = False,
     channels_last: bool = False,
+    alone: bool = False,
 ) -> tuple[Any, ...]:
     """Arguments of composite without labels: objects here and there, some partly outside, or by a matrix."""
     uniform = _random(12, device, dtype)
@@ -1066,13 +1067,15 @@ def _objects(
     areas = [height * width for height, width in sizes]
     starts = [0, *itertools.accumulate(areas)]
     rows = torch.tensor([(s, *size) for s, size in zip(starts, sizes, strict=False)], dtype=torch.int64, device=device)
-    ptr = torch.tensor([0, *counts], device=device).cumsum(0)
+    ptr: Tensor | None = torch.tensor([0, *counts], device=device).cumsum(0)
     background = uniform(0, 1, *((b, h, w, c) if channels_last else (b, c, h, w)))
     pixels, mask = uniform(0, 1, starts[-1] * c), uniform(0.1, 0.9, starts[-1])
     # Where objects lie does not depend on the type.
     number = _random(13, device, torch.float64)
     corner = number(-0.3, 0.5, len(sizes), 2) * torch.tensor([h, w], device=device)
     rule = (mix, nearest, list(taps), zero_edge, channels_last)
+    if alone:  # one image
+        background, ptr = background[0], None
     objects = (background, pixels, mask, rows.reshape(-1, 3), ptr)
     if place:
         return (*objects, corner.round().long(), None, *rule)
@@ -1085,7 +1088,7 @@ def _objects(
 _TAPS = (0.4, 0.2, 0.1)
 _COMPOSITES: dict[str, dict[str, Any]] = {
     **{name: {"name": name, "taps": _TAPS[:2]} for name in _OBJECT_SIZES},
-    "placed": {"place": True},
+    "placed": {"place": True, "alone": True},
     "placed, blurred": {"place": True, "taps": _TAPS, "channels_last": True},
     "placed, grown": {"place": True, "taps": _TAPS, "zero_edge": True},
     "grown": {"taps": _TAPS, "zero_edge": True, "channels_last": True},
@@ -1115,7 +1118,7 @@ def _reference_composite(
     pixels: Tensor,
     mask: Tensor,
     sizes: Tensor,
-    ptr: Tensor,
+    ptr: Tensor | None,
     place: Tensor | None,
     matrix: Tensor | None,
     mix: int,
@@ -1125,6 +1128,23 @@ def _reference_composite(
     channels_last: bool,
     labels: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if ptr is None:  # one image
+        image, ids, area = _reference_composite(
+            background[None],
+            pixels,
+            mask,
+            sizes,
+            torch.tensor([0, len(sizes)]),
+            place,
+            matrix,
+            mix,
+            nearest,
+            taps,
+            zero_edge,
+            channels_last,
+            labels,
+        )
+        return image[0], ids[0] if labels else ids, area
     channels = background.shape[-1 if channels_last else 1]
     images, masks = [], []
     for first, h, w in sizes.tolist():

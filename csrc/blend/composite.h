@@ -17,8 +17,6 @@ namespace fastnuggets::composite {
 
 using Index = std::int64_t;
 
-enum class Stored : std::uint8_t { uint8, float32, float64, float16, bfloat16 };
-
 // over: a f + (1 - a) u. difference: a |f - u| + (1 - a) u. Of premultiplied pixels a f is given instead of f.
 enum class Mix : std::uint8_t { over, difference, over_premultiplied, difference_premultiplied };
 constexpr int kMixes = 4;
@@ -40,13 +38,13 @@ struct Composite {
   const void* pixels;    // [P * C] of the same type
   const void* mask;      // [P] the same; opaque is 1, or 255 of uint8
   const Index* sizes;    // [N, 3] number of the first pixel, h, w
-  const Index* ptr;      // [B + 1]
+  const Index* ptr;      // [B + 1], or null: all on the one image, or one on each
   const Index* place;    // [N, 2] row and column of the first pixel, or null
   const double* matrix;  // [N, 3, 3] from an object's (x, y, 1) to the image's, pixel centres at whole numbers; or null
   std::int32_t* ids;     // [B, H, W] the topmost object whose unblurred mask is 1/2 or more, or -1; or null
   Index* area;           // [N] pixels of the image where the object's mask is 1/2 or more; null with ids
   Index B, C, H, W, N, P;
-  Stored stored;
+  Dtype dtype;  // uint8 or a floating type
   Mix mix;
   Sampling sampling;
   bool channels_last;

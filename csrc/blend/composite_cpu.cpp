@@ -54,7 +54,8 @@ using Byte = std::uint8_t;
 using Fixed = std::uint16_t;  // a mask's share, 1 is kFixedOne; a tap, 1 is 2^16
 
 constexpr Fixed kFixedOne = 255 << 7;  // twice it fits, for a pair of mirrored taps
-constexpr int kAlphaBits = 14;
+constexpr int kAlphaBits = 14;         // of what a feather's last pass makes of it
+constexpr int kMaxFixedRadius = 15;    // each tap loses up to a unit
 
 // a f + (255 - a) u over 255, to nearest: there are no ties.
 FN_HD Byte over(Byte f, Byte a, Byte u) {
@@ -70,40 +71,167 @@ FN_HD Byte top(Byte f, Byte u) {
 
 template <Mix mix>
 struct MixBytes {
-  FN_BODY void operator()(const Byte* f, const Byte* a, Byte* u, Index n) const {
-    constexpr Index kBlock = 64;
-    Index i = 0;
-    for (; i + kBlock <= n; i += kBlock) {  // most of a cut-out is all there or all not there
-      std::uint64_t words[kBlock / 8], any = 0, all = ~std::uint64_t(0);
-      std::memcpy(words, a + i, kBlock);
-      for (const std::uint64_t word : words) any |= word, all &= word;
-      if (any == 0) continue;
-      if (mix == Mix::over && all == ~std::uint64_t(0)) {
-        std::memcpy(u + i, f + i, kBlock);
-        continue;
-      }
+  FN_BODY void operator()(const Byte* f, const Byte* a, const Byte* u, Byte* out, Index n) const {
 #pragma omp simd
-      for (Index j = i; j < i + kBlock; ++j) u[j] = over(top<mix>(f[j], u[j]), a[j], u[j]);
-    }
-    for (; i < n; ++i) u[i] = over(top<mix>(f[i], u[i]), a[i], u[i]);
+    for (Index i = 0; i < n; ++i) out[i] = over(top<mix>(f[i], u[i]), a[i], u[i]);
   }
 };
 
+FN_HD Byte over(Byte f, Fixed alpha, Byte u) {
+  return Byte(u + ((((2 * (f - u) * int(alpha)) >> kAlphaBits) + 1) >> 1));
+}
 struct MixFixed {
-  FN_BODY void operator()(const Byte* f, const Fixed* alpha, Byte* u, Index n) const {
+  FN_BODY void operator()(const Byte* f, const Fixed* alpha, const Byte* u, Byte* out, Index n) const {
 #pragma omp simd
-    for (Index i = 0; i < n; ++i) {
-      const std::int16_t twice = std::int16_t(2 * (f[i] - u[i])), a = std::int16_t(alpha[i]);
-      u[i] = Byte(u[i] + ((((int(twice) * int(a)) >> kAlphaBits) + 1) >> 1));
-    }
+    for (Index i = 0; i < n; ++i) out[i] = over(f[i], alpha[i], u[i]);
   }
 };
+
+// A value for each channel of each of n pixels.
+template <class T>
+struct Repeat {
+  FN_BODY void operator()(const T* from, T* to, Index n, Index times) const {
+    if (times == 3)
+      for (Index i = 0; i < n; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = from[i];
+    else
+      for (Index i = 0; i < n; ++i) std::fill_n(to + i * times, times, from[i]);
+  }
+};
+
+// Where GCC finds twice the instructions that are needed. Each does the first so many of n, and says how many.
+#if defined(__x86_64__)
+FN_TARGET_AVX2 FN_BODY __m256i bytes_at(const Byte* at) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+}
+
+// a f + (255 - a) u, with signed colours: their sum of products fits 16 bits.
+template <Mix mix>
+FN_TARGET_AVX2 Index mix_avx2(const Byte* f, const Byte* a, const Byte* u, Byte* out, Index n) {
+  const __m256i ones = _mm256_set1_epi8(-1), sign = _mm256_set1_epi8(-128);
+  const __m256i shift = _mm256_set1_epi16(short(128 * 255 + 127)), inverse = _mm256_set1_epi16(short(0x8081));
+  constexpr Index kStep = 32;
+  Index i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const __m256i under = bytes_at(u + i), share = bytes_at(a + i), rest = _mm256_xor_si256(share, ones);
+    __m256i over = bytes_at(f + i);
+    if (mix == Mix::difference) over = _mm256_or_si256(_mm256_subs_epu8(over, under), _mm256_subs_epu8(under, over));
+    const __m256i x = _mm256_xor_si256(over, sign), y = _mm256_xor_si256(under, sign);
+    const __m256i low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(share, rest), _mm256_unpacklo_epi8(x, y));
+    const __m256i high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(share, rest), _mm256_unpackhi_epi8(x, y));
+    // (t + 127) / 255, by a multiplication that is right for all of 16 bits.
+    const __m256i l = _mm256_srli_epi16(_mm256_mulhi_epu16(_mm256_add_epi16(low, shift), inverse), 7);
+    const __m256i h = _mm256_srli_epi16(_mm256_mulhi_epu16(_mm256_add_epi16(high, shift), inverse), 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_packus_epi16(l, h));
+  }
+  return i;
+}
+
+FN_TARGET_AVX2 FN_BODY __m256i wide_at(const Byte* at) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+FN_TARGET_AVX2 FN_BODY __m256i mixed_at(const Byte* f, const Fixed* alpha, const Byte* u) {
+  const __m256i under = wide_at(u), step = _mm256_sub_epi16(wide_at(f), under);
+  const __m256i share = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(alpha));
+  return _mm256_add_epi16(under, _mm256_mulhrs_epi16(_mm256_add_epi16(step, step), share));
+}
+FN_TARGET_AVX2 inline Index mix_avx2(const Byte* f, const Fixed* alpha, const Byte* u, Byte* out, Index n) {
+  constexpr Index kStep = 32, kHalf = 16;
+  Index i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const __m256i low = mixed_at(f + i, alpha + i, u + i);
+    const __m256i high = mixed_at(f + i + kHalf, alpha + i + kHalf, u + i + kHalf);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), both);
+  }
+  return i;
+}
+
+// Each of 16 bytes' worth of values three times.
+template <class T>
+FN_TARGET_AVX2 Index repeat3_avx2(const T* from, T* to, Index n) {
+  constexpr Index kStep = 16 / Index(sizeof(T));
+  __m128i order[3];
+  for (int part = 0; part < 3; ++part) {
+    alignas(16) Byte places[16];
+    for (int k = 0; k < 16; ++k) {
+      const int value = (16 * part + k) / int(sizeof(T)) / 3;
+      places[k] = Byte(value * int(sizeof(T)) + k % int(sizeof(T)));
+    }
+    order[part] = _mm_load_si128(reinterpret_cast<const __m128i*>(places));
+  }
+  Index i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    for (int part = 0; part < 3; ++part)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 3 * i) + part, _mm_shuffle_epi8(values, order[part]));
+  }
+  return i;
+}
+#else
+template <Mix mix>
+Index mix_avx2(const Byte*, const Byte*, const Byte*, Byte*, Index) {
+  return 0;
+}
+inline Index mix_avx2(const Byte*, const Fixed*, const Byte*, Byte*, Index) { return 0; }
+template <class T>
+Index repeat3_avx2(const T*, T*, Index) {
+  return 0;
+}
+#endif
+
+template <Mix mix>
+void mix_bytes(const Byte* f, const Byte* a, const Byte* u, Byte* out, Index n) {
+  const Index i = simd() == Simd::generic ? 0 : mix_avx2<mix>(f, a, u, out, n);
+  MixBytes<mix>()(f + i, a + i, u + i, out + i, n - i);
+}
+void mix_fixed(const Byte* f, const Fixed* alpha, const Byte* u, Byte* out, Index n) {
+  const Index i = simd() == Simd::generic ? 0 : mix_avx2(f, alpha, u, out, n);
+  MixFixed()(f + i, alpha + i, u + i, out + i, n - i);
+}
+template <class T>
+void repeat(const T* from, T* to, Index n, Index times) {
+  Index i = 0;
+  if constexpr (sizeof(T) < 4)
+    if (times == 3 && simd() != Simd::generic) i = repeat3_avx2(from, to, n);
+  vectorised(Repeat<T>(), from + i, to + i * times, n - i, times);
+}
+
+// A run of a mask that is all nothing, all there, or some of each.
+struct Run {
+  enum Kind { none, some, all };
+  Index from, end;
+  Kind kind;
+};
+
+// Most of a cut-out is all there or not there.
+void find_runs(const Byte* mask, Index n, std::vector<Run>& runs) {
+  constexpr Index kBlock = 32;
+  runs.clear();
+  for (Index i = 0; i < n; i += kBlock) {
+    const Index end = std::min(n, i + kBlock);
+    std::uint64_t any = 0, all = ~std::uint64_t(0);
+    if (end - i == kBlock) {
+      for (Index j = i; j < end; j += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, mask + j, 8);
+        any |= word, all &= word;
+      }
+    } else {
+      any = 1;
+    }
+    const Run::Kind kind = any == 0 ? Run::none : all == ~std::uint64_t(0) && end - i == kBlock ? Run::all : Run::some;
+    if (!runs.empty() && runs.back().kind == kind)
+      runs.back().end = end;
+    else
+      runs.push_back({i, end, kind});
+  }
+}
 
 template <class S, Mix mix>
 struct MixRow {
-  FN_BODY void operator()(const Real<S>* f, const Real<S>* a, S* u, Index n) const {
+  FN_BODY void operator()(const Real<S>* f, const Real<S>* a, const S* u, S* out, Index n) const {
 #pragma omp simd
-    for (Index i = 0; i < n; ++i) u[i] = stored<S>(mixed<mix, Real<S>>(f[i], a[i], load(u[i])));
+    for (Index i = 0; i < n; ++i) out[i] = stored<S>(mixed<mix, Real<S>>(f[i], a[i], load(u[i])));
   }
 };
 
@@ -149,18 +277,6 @@ struct Narrow {
   }
 };
 
-// A value for each channel of each of n pixels.
-template <class T>
-struct Repeat {
-  FN_BODY void operator()(const T* from, T* to, Index n, Index times) const {
-    if (times == 3)
-      for (Index i = 0; i < n; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = from[i];
-    else if (times == 4)
-      for (Index i = 0; i < n; ++i) to[4 * i] = to[4 * i + 1] = to[4 * i + 2] = to[4 * i + 3] = from[i];
-    else
-      for (Index i = 0; i < n; ++i) std::fill_n(to + i * times, times, from[i]);
-  }
-};
 template <class R>
 struct SumRepeated {
   FN_BODY void operator()(const R* from, R* to, Index n, Index times) const {
@@ -221,23 +337,13 @@ struct Weigh {
     }
   }
 };
-struct ToAlpha {
-  FN_BODY void operator()(Fixed* a, Index n) const {
-    constexpr std::uint32_t kScale = ((1u << (16 + kAlphaBits)) + kFixedOne - 1) / kFixedOne;
-#pragma omp simd
-    for (Index i = 0; i < n; ++i) a[i] = Fixed((std::uint32_t(a[i]) * kScale) >> 16);
-  }
-};
-
+// The last pass in fixed point makes alpha of kAlphaBits.
 template <class T>
-std::vector<T> taps_of(const Feather& feather) {
+std::vector<T> taps_of(const Feather& feather, bool last) {
+  const double one = last ? 65536.0 * (1 << kAlphaBits) / kFixedOne : 65536.0;
   std::vector<T> taps(std::size_t(feather.radius) + 1);
-  for (std::size_t k = 0; k < taps.size(); ++k) {
-    if constexpr (std::is_same_v<T, Fixed>)
-      taps[k] = Fixed(std::min(feather.taps[k] * 65536 + 0.5, 65535.0));
-    else
-      taps[k] = T(feather.taps[k]);
-  }
+  for (std::size_t k = 0; k < taps.size(); ++k)
+    taps[k] = std::is_same_v<T, Fixed> ? T(std::min(feather.taps[k] * one + 0.5, 65535.0)) : T(feather.taps[k]);
   return taps;
 }
 
@@ -260,7 +366,8 @@ class Blurred {
         o_(o),
         radius_(how.feather.radius),
         zero_(how.feather.zero_edge),
-        taps_(taps_of<T>(how.feather)),
+        along_(taps_of<T>(how.feather, false)),
+        down_(taps_of<T>(how.feather, true)),
         width_(o.seen.width()),
         padded_(std::size_t(width_ + 2 * radius_)),
         ring_(std::size_t((2 * radius_ + 2) * width_)) {}  // the last row stays 0
@@ -276,7 +383,7 @@ class Blurred {
       const bool is_in = at >= 0 && at < height;
       rows[k] = is_in || !zero_ ? slot(mirrored(at, height)) : ring_.data() + (2 * radius_ + 1) * width_;
     }
-    vectorised(Weigh<T>(), static_cast<const T* const*>(rows), static_cast<const T*>(taps_.data()), int(radius_), out,
+    vectorised(Weigh<T>(), static_cast<const T* const*>(rows), static_cast<const T*>(down_.data()), int(radius_), out,
                width_);
   }
 
@@ -285,7 +392,7 @@ class Blurred {
   const Placed& o_;
   Index radius_;
   bool zero_;
-  std::vector<T> taps_;
+  std::vector<T> along_, down_;
   Index width_;
   std::vector<T> padded_, ring_;
   Index next_ = -1;
@@ -299,7 +406,7 @@ class Blurred {
     source_(o_.box.y0 + row, o_.box.x0 + from, to - from, padded + from);
     for (Index i = start; i < from; ++i) padded[i] = zero_ ? T(0) : padded[mirrored(i, n)];
     for (Index i = to; i < end; ++i) padded[i] = zero_ ? T(0) : padded[mirrored(i, n)];
-    weigh_along(static_cast<const T*>(padded_.data()), taps_, slot(row), width_);
+    weigh_along(static_cast<const T*>(padded_.data()), along_, slot(row), width_);
   }
 };
 
@@ -409,16 +516,16 @@ struct FixedSource {
 };
 
 template <class S>
-void mix_row(Mix mix, const Real<S>* f, const Real<S>* a, S* u, Index n) {
+void mix_row(Mix mix, const Real<S>* f, const Real<S>* a, const S* u, S* out, Index n) {
   switch (mix) {
     case Mix::over:
-      return vectorised(MixRow<S, Mix::over>(), f, a, u, n);
+      return vectorised(MixRow<S, Mix::over>(), f, a, u, out, n);
     case Mix::difference:
-      return vectorised(MixRow<S, Mix::difference>(), f, a, u, n);
+      return vectorised(MixRow<S, Mix::difference>(), f, a, u, out, n);
     case Mix::over_premultiplied:
-      return vectorised(MixRow<S, Mix::over_premultiplied>(), f, a, u, n);
+      return vectorised(MixRow<S, Mix::over_premultiplied>(), f, a, u, out, n);
     case Mix::difference_premultiplied:
-      return vectorised(MixRow<S, Mix::difference_premultiplied>(), f, a, u, n);
+      return vectorised(MixRow<S, Mix::difference_premultiplied>(), f, a, u, out, n);
   }
 }
 
@@ -427,20 +534,25 @@ template <class T>
 const T* for_channels(const Layout& layout, const T* alpha, Index n, std::vector<T>& room) {
   if (layout.step == 1) return alpha;
   room.resize(std::size_t(n * layout.step));
-  vectorised(Repeat<T>(), alpha, room.data(), n, layout.step);
+  repeat(alpha, room.data(), n, layout.step);
   return room.data();
 }
 
-// Rows [from, to) of the image, of object n on image b.
+// Rows [from, to) of the image, of object n on image b. What lies under them is the image, or yet the background.
 struct Part {
   const Composite& how;
   const Placed& o;
   Index n, b, from, to;
+  bool first;
 
   std::int32_t* ids(Index y) const { return how.ids + (b * how.H + y) * how.W + o.seen.x0; }
   template <class S>
   S* image(const Layout& layout, Index plane, Index y) const {
     return at<S>(how.image, layout.image(how, b, plane, y, o.seen.x0));
+  }
+  template <class S>
+  const S* under(const Layout& layout, Index plane, Index y) const {
+    return at<S>(first ? how.background : how.image, layout.image(how, b, plane, y, o.seen.x0));
   }
   template <class S>
   const S* pixels(const Layout& layout, Index plane, Index y) const {
@@ -454,8 +566,10 @@ class Drawing {
   // Returns how many pixels are labelled.
   Index draw(const Part& part) {
     if constexpr (std::is_same_v<S, Byte>) {
-      if (is_copied(part.how) && (part.how.mix == Mix::over || part.how.mix == Mix::difference))
-        return part.how.feather.radius > 0 ? bytes_feathered(part) : bytes(part);
+      const int radius = part.how.feather.radius;
+      const bool straight = part.how.mix == Mix::over || part.how.mix == Mix::difference;
+      if (is_copied(part.how) && straight && radius <= kMaxFixedRadius)
+        return radius > 0 ? bytes_feathered(part) : bytes(part);
     }
     return any(part);
   }
@@ -465,6 +579,7 @@ class Drawing {
   std::vector<R> alpha_, repeated_, colours_, mask_;
   std::vector<Byte> repeated_bytes_;
   std::vector<Fixed> fixed_, repeated_fixed_;
+  std::vector<Run> runs_;
 
   Index bytes(const Part& p) {
     const Layout layout(p.how);
@@ -472,18 +587,36 @@ class Drawing {
     Index count = 0;
     for (Index y = p.from; y < p.to; ++y) {
       const Byte* const mask = byte_mask(p, y);
-      if (p.how.ids != nullptr) count += vectorised(Label<Byte>(), mask, Byte(128), std::int32_t(p.n), p.ids(y), width);
-      const Byte* const alpha = for_channels(layout, mask, width, repeated_bytes_);
-      for (Index c = 0; c < layout.planes; ++c) {
-        const Byte* const f = p.template pixels<Byte>(layout, c, y);
-        Byte* const u = p.template image<Byte>(layout, c, y);
-        if (p.how.mix == Mix::over)
-          vectorised(MixBytes<Mix::over>(), f, alpha, u, width * layout.step);
-        else
-          vectorised(MixBytes<Mix::difference>(), f, alpha, u, width * layout.step);
-      }
+      count += label(p, y, mask, Byte(128));
+      find_runs(mask, width, runs_);
+      const bool some = std::any_of(runs_.begin(), runs_.end(), [](const Run& r) { return r.kind != Run::none; });
+      const Byte* const alpha = some ? for_channels(layout, mask, width, repeated_bytes_) : mask;
+      for (Index c = 0; c < layout.planes; ++c)
+        mix_runs(p, layout.step, p.template pixels<Byte>(layout, c, y), alpha, p.template under<Byte>(layout, c, y),
+                 p.template image<Byte>(layout, c, y));
     }
     return count;
+  }
+
+  void mix_runs(const Part& p, Index step, const Byte* f, const Byte* alpha, const Byte* u, Byte* out) {
+    for (const Run& run : runs_) {
+      const Index i = run.from * step, n = (run.end - run.from) * step;
+      if (run.kind == Run::none) {
+        if (p.first) std::memcpy(out + i, u + i, std::size_t(n));
+      } else if (p.how.mix == Mix::difference) {
+        mix_bytes<Mix::difference>(f + i, alpha + i, u + i, out + i, n);
+      } else if (run.kind == Run::all) {
+        std::memcpy(out + i, f + i, std::size_t(n));
+      } else {
+        mix_bytes<Mix::over>(f + i, alpha + i, u + i, out + i, n);
+      }
+    }
+  }
+
+  template <class T>
+  Index label(const Part& p, Index y, const T* mask, T half) {
+    if (p.how.ids == nullptr) return 0;
+    return vectorised(Label<T>(), mask, half, std::int32_t(p.n), p.ids(y), p.o.seen.width());
   }
 
   Index bytes_feathered(const Part& p) {
@@ -493,14 +626,12 @@ class Drawing {
     fixed_.resize(std::size_t(width));
     Index count = 0;
     for (Index y = p.from; y < p.to; ++y) {
-      if (p.how.ids != nullptr)
-        count += vectorised(Label<Byte>(), byte_mask(p, y), Byte(128), std::int32_t(p.n), p.ids(y), width);
+      count += label(p, y, byte_mask(p, y), Byte(128));
       blurred.row(y, fixed_.data());
-      vectorised(ToAlpha(), fixed_.data(), width);
       const Fixed* const alpha = for_channels(layout, static_cast<const Fixed*>(fixed_.data()), width, repeated_fixed_);
       for (Index c = 0; c < layout.planes; ++c)
-        vectorised(MixFixed(), p.template pixels<Byte>(layout, c, y), alpha, p.template image<Byte>(layout, c, y),
-                   width * layout.step);
+        mix_fixed(p.template pixels<Byte>(layout, c, y), alpha, p.template under<Byte>(layout, c, y),
+                  p.template image<Byte>(layout, c, y), width * layout.step);
     }
     return count;
   }
@@ -530,7 +661,7 @@ class Drawing {
         const R* f = colours_.data() + c * length;
         if constexpr (std::is_same_v<S, R>)
           if (in_place) f = p.template pixels<S>(layout, c, y);
-        mix_row<S>(p.how.mix, f, alpha, p.template image<S>(layout, c, y), length);
+        mix_row<S>(p.how.mix, f, alpha, p.template under<S>(layout, c, y), p.template image<S>(layout, c, y), length);
       }
     }
     return count;
@@ -579,15 +710,19 @@ void composite_as(const Composite& how) {
   if (how.ids != nullptr) std::fill_n(how.area, how.N, Index(0));
   for_bands(how, sizeof(S), [&](Index b, Index from, Index to) {
     Drawing<S> drawing;
-    copy_rows<S>(how, b, from, to);
+    bool copied = false;
     if (how.ids != nullptr) std::fill_n(how.ids + (b * how.H + from) * how.W, (to - from) * how.W, -1);
-    for (Index n = how.ptr[b]; n < how.ptr[b + 1]; ++n) {
+    for (Index n = begin_of(how, b); n < begin_of(how, b + 1); ++n) {
       const Placed& o = all[std::size_t(n)];
       const Index first = std::max(from, o.seen.y0), end = std::min(to, o.seen.y1);
       if (o.seen.empty() || first >= end) continue;
-      const Index count = drawing.draw({how, o, n, b, first, end});
+      const bool covers = first == from && end == to && o.seen.x0 == 0 && o.seen.x1 == how.W;
+      if (!copied && !covers) copy_rows<S>(how, b, from, to);
+      const Index count = drawing.draw({how, o, n, b, first, end, !copied && covers});
+      copied = true;
       if (count > 0) __atomic_fetch_add(how.area + n, count, __ATOMIC_RELAXED);
     }
+    if (!copied) copy_rows<S>(how, b, from, to);
   });
 }
 
@@ -667,7 +802,7 @@ struct Layer {
     for (Index c = 0; c < layout.planes; ++c) {
       S* const u = image + c * stride + x * layout.step;
       vectorised(Widen<S>(), static_cast<const S*>(u), under.data() + c * length, length);
-      mix_row<S>(how.mix, colours.data() + c * length, row_alpha, u, length);
+      mix_row<S>(how.mix, colours.data() + c * length, row_alpha, u, u, length);
     }
   }
 };
@@ -697,8 +832,9 @@ class BandBackward {
   void run(const std::vector<Placed>& all, Index b, Index from, Index to) {
     const Composite& f = how_.forward;
     std::vector<Layer<S>> layers;
-    layers.reserve(std::size_t(f.ptr[b + 1] - f.ptr[b]));
-    for (Index n = f.ptr[b]; n < f.ptr[b + 1]; ++n) {
+    const Index begin = begin_of(f, b), end = begin_of(f, b + 1);
+    layers.reserve(std::size_t(end - begin));
+    for (Index n = begin; n < end; ++n) {
       const Placed& o = all[std::size_t(n)];
       if (!o.seen.empty() && o.seen.y0 < to && o.seen.y1 > from) layers.emplace_back(f, o, n);
     }
@@ -762,7 +898,7 @@ class Unblurred {
         by_alpha_(by_alpha),
         radius_(how.feather.radius),
         zero_(how.feather.zero_edge),
-        taps_(taps_of<R>(how.feather)),
+        taps_(taps_of<R>(how.feather, true)),
         width_(o.seen.width()),
         column_(std::size_t(width_)),
         sum_(std::size_t(width_ + 4 * radius_)),
@@ -982,27 +1118,27 @@ void composite_backward_as(const CompositeBackward& how) {
 
 // Calls body with a number of the type.
 template <class Body>
-void for_stored(Stored stored, Body body) {
-  switch (stored) {
-    case Stored::uint8:
-      return body(Byte());
-    case Stored::float32:
+void for_dtype(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float32:
       return body(float());
-    case Stored::float64:
+    case Dtype::float64:
       return body(double());
-    case Stored::float16:
+    case Dtype::float16:
       return body(Half());
-    case Stored::bfloat16:
+    case Dtype::bfloat16:
       return body(BFloat16());
+    default:
+      return body(Byte());
   }
 }
 
 void composite_cpu(const Composite& how) {
-  for_stored(how.stored, [&](auto of) { composite_as<decltype(of)>(how); });
+  for_dtype(how.dtype, [&](auto of) { composite_as<decltype(of)>(how); });
 }
 
 void composite_backward_cpu(const CompositeBackward& how) {
-  for_stored(how.forward.stored, [&](auto of) {
+  for_dtype(how.forward.dtype, [&](auto of) {
     if constexpr (!std::is_same_v<decltype(of), Byte>) composite_backward_as<decltype(of)>(how);
   });
 }

@@ -113,6 +113,12 @@ FN_HD Box outline(const double* m, Index h, Index w, const Box& image) {
           Index(std::ceil(high[1] - kRounding)), Index(std::ceil(high[0] - kRounding))};
 }
 
+// The first object of image b, or for b + 1 the end.
+FN_HD Index begin_of(const Composite& how, Index b) {
+  if (how.ptr != nullptr) return how.ptr[b];
+  return how.B == 1 ? b * how.N : b;
+}
+
 // Object n. What cannot be drawn has an empty box: no pixels, or no inverse.
 FN_HD Placed placed(const Composite& how, Index n) {
   Placed o{};

@@ -25,7 +25,7 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 #define FN_OBJECTS                                                                                         \
   const at::Tensor &background, const at::Tensor &pixels, const at::Tensor &mask, const at::Tensor &sizes, \
-      const at::Tensor &ptr, const OptionalTensor &place, const OptionalTensor &matrix
+      const OptionalTensor &ptr, const OptionalTensor &place, const OptionalTensor &matrix
 #define FN_RULE std::int64_t mix, bool nearest, at::ArrayRef<double> taps, bool zero_edge, bool channels_last
 
 Three call_composite(FN_OBJECTS, FN_RULE, bool labels) {
@@ -41,22 +41,11 @@ Four call_composite_backward(const at::Tensor& grad, FN_OBJECTS, FN_RULE, std::a
 
 // ---- checks; letters and meanings are those of composite.h
 
-Stored stored_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kByte:
-      return Stored::uint8;
-    case at::kFloat:
-      return Stored::float32;
-    case at::kDouble:
-      return Stored::float64;
-    case at::kHalf:
-      return Stored::float16;
-    case at::kBFloat16:
-      return Stored::bfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "composite: background must be uint8, float32, float64, float16 or bfloat16, got ",
-                       t.scalar_type());
-  }
+Dtype dtype_of(const at::Tensor& t) {
+  const auto dtype = fastnuggets::dtype_of(t.scalar_type());
+  TORCH_CHECK_TYPE(dtype && *dtype != Dtype::int16,
+                   "composite: background must be uint8, float32, float64, float16 or bfloat16, got ", t.scalar_type());
+  return *dtype;
 }
 
 // Tensors as the kernels read them, kept alive. Their device is the current one.
@@ -86,8 +75,8 @@ class Held {
 // What a GPU would have to be waited for is checked on the CPU alone.
 void check_values(const Composite& how) {
   const Index *p = how.ptr, *s = how.sizes;
-  bool ascends = p[0] == 0 && p[how.B] == how.N;
-  for (Index b = 0; b < how.B; ++b) ascends = ascends && p[b] <= p[b + 1];
+  bool ascends = p == nullptr || (p[0] == 0 && p[how.B] == how.N);
+  for (Index b = 0; p != nullptr && b < how.B; ++b) ascends = ascends && p[b] <= p[b + 1];
   TORCH_CHECK_VALUE(ascends, "composite: ptr must ascend from 0 to the number of objects, ", how.N);
   for (Index n = 0; n < how.N; ++n, s += 3) {
     const bool holds = s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[0] <= how.P && (s[2] == 0 || s[1] <= how.P / s[2]) &&
@@ -100,14 +89,15 @@ void check_values(const Composite& how) {
 // The outputs are left null.
 Composite checked(Held& held, FN_OBJECTS, FN_RULE) {
   Composite how{};
-  how.stored = stored_of(background);
-  TORCH_CHECK_VALUE(background.dim() == 4, "composite: background must be [B, C, H, W] or [B, H, W, C], got ",
-                    background.sizes());
+  how.dtype = dtype_of(background);
+  TORCH_CHECK_VALUE(background.dim() == 4 || background.dim() == 3, "composite: background must be [B, C, H, W], ",
+                    "[B, H, W, C] or one image, got ", background.sizes());
+  const auto shape = background.sizes().slice(std::size_t(background.dim() - 3));
   how.channels_last = channels_last;
-  how.B = background.size(0);
-  how.C = background.size(channels_last ? 3 : 1);
-  how.H = background.size(channels_last ? 1 : 2);
-  how.W = background.size(channels_last ? 2 : 3);
+  how.B = background.dim() == 4 ? background.size(0) : 1;
+  how.C = shape[channels_last ? 2 : 0];
+  how.H = shape[channels_last ? 0 : 1];
+  how.W = shape[channels_last ? 1 : 2];
   how.N = sizes.dim() == 0 ? 0 : sizes.size(0);
   how.P = mask.numel();
   const auto type = background.scalar_type();
@@ -118,7 +108,9 @@ Composite checked(Held& held, FN_OBJECTS, FN_RULE) {
   how.pixels = held.dense("pixels", pixels, type);
   how.mask = held.dense("mask", mask, type);
   how.sizes = held.integers("sizes", sizes, {how.N, 3});
-  how.ptr = held.integers("ptr", ptr, {how.B + 1});
+  if (ptr.has_value()) how.ptr = held.integers("ptr", *ptr, {how.B + 1});
+  TORCH_CHECK_VALUE(ptr.has_value() || how.B == 1 || how.B == how.N, "composite: ptr must be given for ", how.N,
+                    " objects on ", how.B, " images");
   TORCH_CHECK_VALUE(place.has_value() != matrix.has_value(), "composite: either place or matrix must be given");
   if (place.has_value()) how.place = held.integers("place", *place, {how.N, 2});
   if (matrix.has_value()) {
@@ -152,8 +144,9 @@ Three composite(FN_OBJECTS, FN_RULE, bool labels) {
   Composite how =
       checked(held, background, pixels, mask, sizes, ptr, place, matrix, mix, nearest, taps, zero_edge, channels_last);
   const at::Tensor image = output(background.sizes(), background.options());
-  const at::Tensor ids = output(labels ? at::IntArrayRef({how.B, how.H, how.W}) : at::IntArrayRef({0}),
-                                background.options().dtype(at::kInt));
+  const std::array<Index, 3> shape{how.B, how.H, how.W};
+  const auto labelled = at::IntArrayRef(shape).slice(background.dim() == 4 ? 0 : 1);
+  const at::Tensor ids = output(labels ? labelled : at::IntArrayRef({0}), background.options().dtype(at::kInt));
   const at::Tensor area = output(labels ? how.N : 0, background.options().dtype(at::kLong));
   how.image = image.mutable_data_ptr();
   if (labels) {
@@ -198,8 +191,8 @@ OptionalTensor maybe(const Variable& v) { return v.defined() ? OptionalTensor(v)
 struct CompositeFunction : torch::autograd::Function<CompositeFunction> {
   static variable_list forward(AutogradContext* ctx, FN_OBJECTS, FN_RULE, bool labels) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward(
-        {background, pixels, mask, sizes, ptr, place.value_or(at::Tensor()), matrix.value_or(at::Tensor())});
+    ctx->save_for_backward({background, pixels, mask, sizes, ptr.value_or(at::Tensor()), place.value_or(at::Tensor()),
+                            matrix.value_or(at::Tensor())});
     ctx->saved_data["mix"] = mix;
     ctx->saved_data["nearest"] = nearest;
     ctx->saved_data["taps"] = taps;
@@ -217,7 +210,7 @@ struct CompositeFunction : torch::autograd::Function<CompositeFunction> {
     std::array<bool, 4> wanted;
     for (std::size_t k = 0; k < 4; ++k) wanted[k] = wants_gradient(v[kInputs[k]]);
     const auto [by_background, by_pixels, by_mask, by_matrix] = call_composite_backward(
-        grad[0], v[0], v[1], v[2], v[3], v[4], maybe(v[5]), maybe(v[6]), ctx->saved_data["mix"].toInt(),
+        grad[0], v[0], v[1], v[2], v[3], maybe(v[4]), maybe(v[5]), maybe(v[6]), ctx->saved_data["mix"].toInt(),
         ctx->saved_data["nearest"].toBool(), taps, ctx->saved_data["zero_edge"].toBool(),
         ctx->saved_data["channels_last"].toBool(), wanted);
     variable_list out(13);
@@ -242,8 +235,8 @@ Three composite_autograd(FN_OBJECTS, FN_RULE, bool labels) {
 
 }  // namespace
 
-#define FN_SCHEMA                                                                                                     \
-  "Tensor background, Tensor pixels, Tensor mask, Tensor sizes, Tensor ptr, Tensor? place, Tensor? matrix, int mix, " \
+#define FN_SCHEMA                                                                                                      \
+  "Tensor background, Tensor pixels, Tensor mask, Tensor sizes, Tensor? ptr, Tensor? place, Tensor? matrix, int mix, " \
   "bool nearest, float[] taps, bool zero_edge, bool channels_last"
 
 TORCH_LIBRARY_FRAGMENT(fastnuggets, m) {

@@ -16,7 +16,6 @@ _PREMULTIPLIED = 2
 MODES = tuple(_MIXES)
 EDGES = ("reflect", "zero")
 INTERPOLATIONS = ("bilinear", "nearest")
-_DTYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_SIZE = 127
 
 _OPS = torch.ops.fastnuggets
@@ -170,19 +169,16 @@ def composite(
     Digital Images, SIGGRAPH 1984.
     """
     packed = objects if isinstance(objects, Objects) else _packed(background, objects, masks, channels_last)
-    single = background.dim() == 3
-    images = background.unsqueeze(0) if single else background
-    _check(images, packed, channels_last)
-    count, batch = packed.sizes.size(0), images.size(0)
+    _check(background, packed, channels_last)
     mix, taps = _rule(mode, size, sigma, premultiplied)
-    place, forward = _where(packed, position, scale, angle, flip, matrix, images.device)
+    place, forward = _where(packed, position, scale, angle, flip, matrix)
+    if ptr is not None and not isinstance(ptr, Tensor):
+        ptr = _to(torch.tensor(ptr, dtype=torch.int64), background.device)
     image, ids, area = _OPS.composite(
-        images, packed.pixels, packed.mask, packed.sizes, _ptr(ptr, count, batch, images.device), place, forward,
-        mix, _number("interpolation", interpolation, INTERPOLATIONS) == 1, taps, _number("edge", edge, EDGES) == 1,
+        background, packed.pixels, packed.mask, packed.sizes, ptr, place, forward, mix,
+        _number("interpolation", interpolation, INTERPOLATIONS) == 1, taps, _number("edge", edge, EDGES) == 1,
         channels_last, labels,
     )  # fmt: skip
-    if single:
-        image, ids = image.squeeze(0), ids.squeeze(0) if labels else ids
     return Composite(image, ids, area) if labels else image
 
 
@@ -200,13 +196,11 @@ def _packed(
 
 
 def _check(images: Tensor, objects: Objects, channels_last: bool) -> None:
-    if images.dim() != 4:
+    if images.dim() not in (3, 4):
         raise ValueError(f"background must be [B, C, H, W] or [C, H, W], got {tuple(images.shape)}")
-    if images.dtype not in _DTYPES:
-        raise TypeError(f"background must be one of {_DTYPES}, got {images.dtype}")
     if objects.pixels.dtype != images.dtype:
         raise TypeError(f"objects must be {images.dtype} like background, got {objects.pixels.dtype}")
-    channels = images.size(3 if channels_last else 1)
+    channels = images.size(-1 if channels_last else -3)
     if (objects.channels, objects.channels_last) != (channels, channels_last):
         raise ValueError(
             f"objects must have {channels} channels, {'last' if channels_last else 'first'}, like background, got "
@@ -246,22 +240,6 @@ def _to(values: Tensor, device: torch.device) -> Tensor:
     return values if values.device == device else values.to(device)
 
 
-def _ptr(ptr: Tensor | Sequence[int] | None, count: int, batch: int, device: torch.device) -> Tensor:
-    if isinstance(ptr, Tensor):
-        return ptr
-    if ptr is not None:
-        return _to(torch.tensor(ptr, dtype=torch.int64), device)
-    if batch == 1:
-        return (
-            torch.arange(0, count + 1, max(count, 1), device=device)
-            if count
-            else torch.zeros(2, dtype=torch.int64, device=device)
-        )
-    if batch == count:
-        return torch.arange(batch + 1, device=device)
-    raise ValueError(f"ptr must be given for {count} objects on {batch} images, got None")
-
-
 def _where(
     objects: Objects,
     position: Tensor | Sequence[Sequence[float]] | None,
@@ -269,10 +247,9 @@ def _where(
     angle: Numbers | None,
     flip: Tensor | Sequence[bool] | bool | None,
     matrix: Tensor | None,
-    device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where the objects lie: rows and columns [N, 2] int64, or matrices [N, 3, 3] float64."""
-    count = objects.sizes.size(0)
+    count, device = objects.sizes.size(0), objects.sizes.device
     moved = scale is not None or angle is not None or flip is not None
     if matrix is not None:
         if moved or position is not None:
@@ -323,7 +300,7 @@ def _each(name: str, value: Numbers | Sequence[bool], like: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastnuggets::composite")
 def _(background, pixels, mask, sizes, ptr, place, matrix, mix, nearest, taps, zero_edge, channels_last, labels):  # type: ignore[no-untyped-def]
-    shape = background.shape[:3] if channels_last else (background.shape[0], *background.shape[2:])
+    shape = background.shape[:-1] if channels_last else (*background.shape[:-3], *background.shape[-2:])
     ids = background.new_empty(shape if labels else (0,), dtype=torch.int32)
     area = background.new_empty((sizes.size(0) if labels else 0,), dtype=torch.int64)
     return background.new_empty(background.shape), ids, area
