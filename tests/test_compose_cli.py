@@ -138,7 +138,7 @@ def test_what_is_done_is_not_made_again(monkeypatch, capsys):
     assert compose() == cli.FAILED
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "fastnuggets: error: the disk is full: x.jpg"
-    assert said[-2].endswith("5 finished scenes are kept in out.partial; the same command goes on from there")
+    assert said[-2].endswith("5 finished scenes kept in out.partial; the same command goes on from there")
     # Of one finished scene the image is damaged, and a line is cut off as a crash would.
     next(Path("out.partial/images").glob("000001*")).write_bytes(b"")
     with open("out.partial/records.jsonl", "ab") as file:
@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_clear_line():
     )
     assert ended.returncode == cli.FAILED
     kept, error = ended.stderr.splitlines()[-2:]
-    assert kept.startswith("fastnuggets: 1 finished scenes are kept in out.partial")
+    assert kept.startswith("fastnuggets: 1 finished scene kept in out.partial")
     assert error == "fastnuggets: error: the disk is full: out.partial/images/000001.png"
     assert "Traceback" not in ended.stderr
     assert not Path("out").exists()

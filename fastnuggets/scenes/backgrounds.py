@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnuggets.molecules.files import need
 from fastnuggets.scenes.cutouts import decode_segmentation
-from fastnuggets.scenes.images import BrokenFileError, find, read_rgb
+from fastnuggets.scenes.images import BrokenFileError, find, opencv, pillow, read_rgb
 
 
 class Known(NamedTuple):
@@ -107,9 +106,9 @@ def resize(image: np.ndarray, size: tuple[int, int], *, exact: bool = False) -> 
     if image.shape[:2] == (height, width):
         return image
     if exact:
-        pillow = need("PIL.Image", "scenes")
-        return np.array(pillow.fromarray(image).resize((width, height), pillow.Resampling.LANCZOS))
-    cv2 = need("cv2", "scenes")
+        pil = pillow()
+        return np.array(pil.fromarray(image).resize((width, height), pil.Resampling.LANCZOS))
+    cv2 = opencv()
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(image, (width, height), interpolation=way))
@@ -126,5 +125,5 @@ def fitted(background: Background, size: tuple[int, int], how: str, exact: bool)
 
 
 def _nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    cv2 = need("cv2", "scenes")
+    cv2 = opencv()
     return np.asarray(cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST) > 0)

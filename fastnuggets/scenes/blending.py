@@ -80,7 +80,8 @@ def _domain(one: Placed, compatible: bool) -> np.ndarray:
 
 
 def _blurred(image: Tensor, motion: Motion, recipe: Recipe) -> Tensor:
-    raise NotImplementedError
+    border: dict[str, Any] = {"border": 255.0, "truncate": True} if recipe.compatible else {}
+    return ops.motion_blur(image, *motion, channels_last=True, **border)
 
 
 def blend_one(
@@ -111,7 +112,6 @@ def _multiband(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray,
     around = np.zeros(background.shape[:2], np.uint8)
     inside, where = clipped((at[0], at[1], mask), around.shape)
     around[where] = inside
-    images = background, foreground[rows[:, None], columns]
-    under, over = (torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images)
-    made = ops.multiband_blend(under, over, torch.from_numpy(around))
-    return np.ascontiguousarray(made.permute(1, 2, 0).numpy())
+    spread = np.ascontiguousarray(foreground[rows[:, None], columns])
+    images = (torch.from_numpy(array) for array in (background, spread, around))
+    return ops.multiband_blend(*images, channels_last=True).numpy()

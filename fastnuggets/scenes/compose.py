@@ -24,7 +24,7 @@ import fastnuggets
 from fastnuggets.molecules.files import need
 from fastnuggets.scenes.coco import CocoWriter, Record, write_scene
 from fastnuggets.scenes.composer import SceneComposer
-from fastnuggets.scenes.images import FORMATS
+from fastnuggets.scenes.images import FORMATS, opencv
 
 _AHEAD = 3  # scenes given to a worker before the first of them is done
 
@@ -83,7 +83,8 @@ def compose(
         if not writer.done:
             writer.discard()
         elif progress:
-            kept = f"{len(writer.done)} finished scenes are kept in {writer.partial}"
+            count = f"{len(writer.done)} finished scene{'s' if len(writer.done) > 1 else ''}"
+            kept = f"{count} kept in {writer.partial}"
             _tell(f"{kept}; the same command goes on from there")
         raise
     several = len(composer.recipe.blend) if composer.recipe.same_scene else 1
@@ -200,7 +201,7 @@ def _start(maker: _Maker) -> None:
     _maker = maker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     torch.set_num_threads(1)
-    need("cv2", "scenes").setNumThreads(1)
+    opencv().setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -13,8 +13,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from fastnuggets.molecules.files import need
-from fastnuggets.scenes.images import BrokenFileError, find, in_one_line, open_image, read_mask, read_rgb
+from fastnuggets.scenes.images import (
+    BrokenFileError,
+    coco_masks,
+    find,
+    in_one_line,
+    open_image,
+    opencv,
+    pillow,
+    read_mask,
+    read_rgb,
+)
 
 T = TypeVar("T")
 
@@ -225,7 +234,7 @@ class LeastRecent(Generic[T]):
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     """y, x, height, width of the pixels of a [H, W] mask, bool or uint8, that are not 0; None if there is none."""
-    x, y, width, height = need("cv2", "scenes").boundingRect(mask.view(np.uint8)) if mask.size else (0, 0, 0, 0)
+    x, y, width, height = opencv().boundingRect(mask.view(np.uint8)) if mask.size else (0, 0, 0, 0)
     return (y, x, height, width) if width else None
 
 
@@ -235,7 +244,7 @@ def grabcut(image: np.ndarray) -> np.ndarray:
     OpenCV's GrabCut, begun from what differs from the colour of the frame; only its largest piece is kept, holes
     filled that the frame's colour does not show in. Deterministic; sets OpenCV's random generator.
     """
-    cv2 = need("cv2", "scenes")
+    cv2 = opencv()
     height, width = image.shape[:2]
     shrink = min(1.0, _GRABCUT_SIDE / max(height, width))
     size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
@@ -312,7 +321,7 @@ def _with_colour_around(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     hidden = alpha == 0
     if not hidden.any():
         return image
-    cv2 = need("cv2", "scenes")
+    cv2 = opencv()
     _, nearest = cv2.distanceTransformWithLabels(
         hidden.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
     )
@@ -339,7 +348,7 @@ def _with_grabcut(entry: Entry) -> Decoded:
 
 def _with_value(entry: Entry) -> Decoded:
     file, value = entry.source
-    with need("PIL.Image", "scenes").open(file) as segments:
+    with pillow().open(file) as segments:
         return read_rgb(entry.image), np.where(np.asarray(segments) == value, np.uint8(255), np.uint8(0))
 
 
@@ -358,7 +367,7 @@ def _with_polygon(entry: Entry) -> Decoded:
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """[H, W] uint8, 0 or 1, of COCO's polygons, or of its RLE, compressed or not. BrokenFileError."""
-    coco = need("pycocotools.mask", "scenes")
+    coco = coco_masks()
     try:
         if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
             rle = segmentation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 FORMATS = ("jpg", "png")
+
+
+@cache
+def opencv() -> Any:
+    return need("cv2", "scenes")
+
+
+@cache
+def pillow() -> Any:
+    return need("PIL.Image", "scenes")
+
+
+@cache
+def coco_masks() -> Any:
+    return need("pycocotools.mask", "scenes")
 
 
 class BrokenFileError(ValueError):
@@ -45,12 +61,12 @@ def is_image(name: str | os.PathLike[str]) -> bool:
 
 def open_image(path: Path) -> Any:
     """A Pillow image of mode RGB or RGBA, upright as its EXIF entry says, 16-bit levels brought to 8."""
-    pillow, ops = need("PIL.Image", "scenes"), need("PIL.ImageOps", "scenes")
+    pil, ops = pillow(), need("PIL.ImageOps", "scenes")
     try:
-        with pillow.open(path) as file:
+        with pil.open(path) as file:
             image = ops.exif_transpose(file)
             image.load()
-            return _eight_bit(pillow, image)
+            return _eight_bit(pil, image)
     except MemoryError:
         raise
     except BrokenFileError:
@@ -63,12 +79,12 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
 
 
-def _eight_bit(pillow: Any, image: Any) -> Any:
+def _eight_bit(pil: Any, image: Any) -> Any:
     if image.mode.startswith("I"):  # 16 bits, which Pillow keeps in 16 or in 32
         levels = np.asarray(image).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
             raise ValueError("its levels are beyond 16 bits")
-        return pillow.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        return pil.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("it holds floating-point levels")
     transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
@@ -95,7 +111,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 def encode(image: np.ndarray, kind: str, quality: int = 95) -> bytes:
     """An image file of [H, W, 3] or [H, W] uint8; kind: jpg or png. The same pixels give the same bytes."""
-    cv2 = need("cv2", "scenes")
+    cv2 = opencv()
     options = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, quality], "png": []}[kind]
     ok, data = cv2.imencode(f".{kind}", image[..., ::-1] if image.ndim == 3 else image, options)
     if not ok:

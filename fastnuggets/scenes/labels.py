@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastnuggets.molecules.files import need
 from fastnuggets.scenes.cutouts import bounding_box
+from fastnuggets.scenes.images import coco_masks, opencv
 
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels; COCO's order
 _SOLID = 128  # a pixel is the object's where its mask, not feathered, is at least this
@@ -79,9 +79,14 @@ class Labels:
 
     def rle(self, one: Instance, *, amodal: bool = False) -> dict[str, Any]:
         """COCO's compressed run lengths of the visible or the amodal mask."""
-        mask = self.amodal_mask(one) if amodal else self.mask(one)
-        code = need("pycocotools.mask", "scenes").encode(np.asfortranarray(mask, np.uint8))
-        return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
+        mask = np.ascontiguousarray(self.amodal_mask(one).T) if amodal else self._columns == one.number
+        code = coco_masks().encode(mask.view(np.uint8).T)
+        return {"size": list(self.ids.shape), "counts": code["counts"].decode("ascii")}
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        """Column after column, as COCO counts."""
+        return np.ascontiguousarray(self.ids.T)
 
 
 def clipped(silhouette: tuple[int, int, np.ndarray], size: Sequence[int]) -> tuple[np.ndarray, tuple[slice, slice]]:
@@ -117,7 +122,7 @@ def paint(ids: np.ndarray, one: Placed, number: int) -> None:
     seen, where = clipped((one.y, one.x, one.solid), ids.shape)
     if seen.size:  # OpenCV is four times as fast here as NumPy
         place = ids[where]
-        need("cv2", "scenes").copyTo(np.full_like(place, number), seen.view(np.uint8), place)
+        opencv().copyTo(np.full_like(place, number), seen.view(np.uint8), place)
 
 
 def make_labels(placed: Sequence[Placed], ids: np.ndarray, categories: Sequence[str]) -> Labels:

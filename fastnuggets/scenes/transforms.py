@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastnuggets.molecules.files import need
 from fastnuggets.scenes.backgrounds import resize
 from fastnuggets.scenes.cutouts import bounding_box
+from fastnuggets.scenes.images import opencv, pillow
 
 _HALF = 128
 
@@ -41,14 +41,14 @@ def transform(form: Form, scale: float, angle: float, flip: bool, soft: bool) ->
     if angle:
         image, mask = _turn(image, mask, angle)
     if not soft:
-        mask = need("cv2", "scenes").threshold(np.ascontiguousarray(mask), _HALF - 1, 255, 0)[1]
+        mask = opencv().threshold(np.ascontiguousarray(mask), _HALF - 1, 255, 0)[1]
     box = bounding_box(np.ascontiguousarray(mask))
     y, x, h, w = box or (0, 0, 1, 1)
     return Form(image[y : y + h, x : x + w], mask[y : y + h, x : x + w])
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    cv2 = need("cv2", "scenes")
+    cv2 = opencv()
     height, width = mask.shape
     tall, wide = (math.ceil(side - 1e-6) for side in turned_size(height, width, angle))
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
@@ -63,10 +63,10 @@ def _turn(image: np.ndarray, mask: np.ndarray, angle: float) -> tuple[np.ndarray
 
 def transform_compatible(form: Form, size: tuple[int, int], angle: int) -> Form:
     """As the code of Dwibedi 2017: Lanczos to ``size``, 1-bit mask by nearest neighbour, both turned so."""
-    pillow = need("PIL.Image", "scenes")
+    pil = pillow()
     height, width = size
-    image = pillow.fromarray(form.image).resize((width, height), pillow.Resampling.LANCZOS)
-    mask = pillow.fromarray(form.mask).resize((width, height), pillow.Resampling.NEAREST)
+    image = pil.fromarray(form.image).resize((width, height), pil.Resampling.LANCZOS)
+    mask = pil.fromarray(form.mask).resize((width, height), pil.Resampling.NEAREST)
     image, mask = image.rotate(angle, expand=True), mask.rotate(angle, expand=True)
     return Form(np.array(image), np.array(mask))
 
@@ -81,4 +81,4 @@ def jitter(
     gains = (1 + brightness * draws[0]) * (1 + colour * draws[2:])
     levels = ((np.arange(256)[:, None] - 127.5) * (1 + contrast * draws[1]) + 127.5) * gains
     table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    return np.asarray(need("cv2", "scenes").LUT(np.ascontiguousarray(image), table[None]))
+    return np.asarray(opencv().LUT(np.ascontiguousarray(image), table[None]))
