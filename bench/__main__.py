@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def measure_apart(group: Group, device: str, threads: list[int], repeats: int, q
 
 
 def measure(group: Group, device: str, threads: list[int], repeats: int, quick: bool) -> dict[str, Any]:
-    """Errors first, then the times of all contenders, one call of each in turn."""
+    """Errors first, then the times of all contenders, one call of each in turn, in an order that changes."""
     rows: list[dict[str, Any]] = []
     contenders: list[tuple[Contender, dict[str, Any]]] = []
     for contender in group.make():
@@ -88,11 +89,15 @@ def measure(group: Group, device: str, threads: list[int], repeats: int, quick: 
     for count in threads:
         torch.set_num_threads(count)
         times: list[list[float]] = [[] for _ in contenders]
+        order, shuffled = list(zip(contenders, times, strict=True)), random.Random(0)
         for turn in range(repeats + 2):
-            for (contender, _), measured in zip(contenders, times, strict=True):
-                ms = clock(contender.run) / contender.scale
+            shuffled.shuffle(order)  # or one would always find the memory as the same other one left it
+            for (contender, _), measured in order:
+                ms = [clock(contender.run) / contender.scale]
+                while sum(ms) * contender.scale < group.turn_ms:
+                    ms.append(clock(contender.run) / contender.scale)
                 if turn >= 2:
-                    measured.append(ms)
+                    measured.append(statistics.fmean(ms))
         for (_, row), measured in zip(contenders, times, strict=True):
             row["ms"][str(count)] = statistics.median(measured)
     gates = [] if quick else report.gates(group.gates, rows, threads)

@@ -69,7 +69,10 @@ class Gate:
 
 @dataclass
 class Group:
-    """Contenders timed in turns in one process, a process of its own where `environment` differs from this one's."""
+    """Contenders timed in turns in one process, a process of its own where `environment` differs from this one's.
+
+    A turn is one call, or as many as fill `turn_ms` milliseconds and their mean: for calls that come many at a time.
+    """
 
     name: str
     title: str
@@ -77,6 +80,7 @@ class Group:
     gates: list[Gate] = field(default_factory=list)
     family: str = "voxelize"
     environment: dict[str, str] = field(default_factory=dict)
+    turn_ms: float = 0.0
 
 
 @dataclass(frozen=True)
