@@ -1,0 +1,296 @@
+"""The CUDA kernels of Poisson blending, run on the CPU, against dense solutions of the definition in float64."""
+
+import ctypes
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from building import CSRC, HERE, build
+from torch import Tensor
+
+SOURCES = HERE / "poisson_driver.cpp", CSRC / "blend" / "poisson_kernels.cu"
+DTYPES = [torch.uint8, torch.float32, torch.float64]
+GUIDANCES = ["import", "mixed", "average"]
+# Shared memory of a block: all that is solved here fits, or hardly anything, so that all but the coarsest levels lie in
+# global memory.
+SHARED = {"small": 227 * 1024, "large": 4096}
+
+
+class Scene(ctypes.Structure):
+    """The structs here are those of poisson.h."""
+
+    _fields_ = [
+        ("background", ctypes.c_void_p), ("pixels", ctypes.c_void_p), ("mask", ctypes.c_void_p),
+        ("table", ctypes.c_void_p), ("dtype", ctypes.c_int), ("channels_last", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("B", "C", "H", "W", "N", "P", "max_h", "max_w")),
+        ("guidance", ctypes.c_int), ("soft", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class Effort(ctypes.Structure):
+    _fields_ = [("tolerance", ctypes.c_float), ("max_cycles", ctypes.c_int)]
+
+
+class Blend(ctypes.Structure):
+    _fields_ = [("scene", Scene), ("effort", Effort), ("image", ctypes.c_void_p), ("info", ctypes.c_void_p)]
+
+
+class BlendBackward(ctypes.Structure):
+    _fields_ = [
+        ("scene", Scene), ("effort", Effort), ("grad", ctypes.c_void_p), ("grad_background", ctypes.c_void_p),
+        ("grad_pixels", ctypes.c_void_p), ("grad_mask", ctypes.c_void_p), ("info", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
+    library.poisson_blend.restype = library.poisson_blend_backward.restype = ctypes.c_char_p
+    library.poisson_scratch_bytes.restype = ctypes.c_size_t
+    return library
+
+
+@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
+def thread_order(request):
+    kernels().set_thread_order(int(request.param))
+    yield request.param
+    kernels().set_thread_order(0)
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+def definition(background, pixels, mask, y, x, guidance, soft, full=1.0) -> Tensor:
+    """background [C, H, W], pixels [C, h, w], mask [h, w], all float64 and counted to `full`; differentiable."""
+    (height, width), (h, w) = background.shape[1:], mask.shape
+    rows, columns = torch.arange(height) - y, torch.arange(width) - x
+    fg = pixels[:, rows.clamp(0, h - 1)][:, :, columns.clamp(0, w - 1)]
+    inside = ((rows >= 0) & (rows < h))[:, None] & ((columns >= 0) & (columns < w))
+    m = mask[rows.clamp(0, h - 1)][:, columns.clamp(0, w - 1)] / full * inside
+    domain = (m > 0 if soft else m >= 0.5).flatten()
+    n = int(domain.sum())
+    if n == 0:
+        return background
+    number = torch.arange(height * width).view(height, width)
+    p = torch.cat([number[:, :-1].flatten(), number[:-1].flatten()])
+    q = torch.cat([number[:, 1:].flatten(), number[1:].flatten()])
+    p, q = (side[domain[p] | domain[q]] for side in (p, q))
+    flat_fg, flat_bg, flat_m = fg.flatten(1), background.flatten(1), m.flatten()
+    by_fg, by_bg = flat_fg[:, p] - flat_fg[:, q], flat_bg[:, p] - flat_bg[:, q]
+    v = by_fg
+    if guidance == "mixed":
+        v = torch.where(by_bg.abs() > by_fg.abs(), by_bg, by_fg)
+    elif guidance == "average":
+        v = (by_fg + by_bg) / 2
+    if soft:
+        weight = (flat_m[p] + flat_m[q]) / 2
+        v = weight * v + (1 - weight) * by_bg
+    unknown = domain.cumsum(0) - 1
+    right = torch.zeros_like(flat_bg)
+    right = right.index_add(1, p, v).index_add(1, q, -v)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for here, there in ((p, q), (q, p)):
+        ours, border = domain[here], domain[here] & ~domain[there]
+        matrix.index_put_((unknown[here[ours]],) * 2, torch.ones((), dtype=torch.float64), accumulate=True)
+        right = right.index_add(1, here[border], flat_bg[:, there[border]])
+    inner = domain[p] & domain[q]
+    matrix[unknown[p[inner]], unknown[q[inner]]] = -1
+    matrix[unknown[q[inner]], unknown[p[inner]]] = -1
+    right, mean = right[:, domain].T, 0.0
+    if domain.all():  # the constant is open
+        matrix, mean = matrix + 1 / n, flat_fg.mean(1)
+    found = torch.linalg.solve(matrix, right).T + (mean[:, None] if domain.all() else 0)
+    return flat_bg.index_put((torch.arange(len(flat_bg))[:, None], domain.nonzero().T), found).view_as(background)
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pasted:
+    """An object: mask [h, w] in 0 to 1, and where its first pixel lies."""
+
+    mask: Tensor
+    y: int
+    x: int
+    image: int = 0
+
+
+def random(*shape, seed=0, smooth=True) -> Tensor:
+    """Numbers in 0 to 1, of which neighbours resemble each other."""
+    values = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if smooth:
+        for axis in (-1, -2):
+            values = (values + values.roll(1, axis) + values.roll(2, axis)) / 3
+    return values
+
+
+def disc(h: int, w: int, hole: float = 0.0) -> Tensor:
+    y, x = torch.linspace(-1, 1, h)[:, None], torch.linspace(-1, 1, w)
+    square = y**2 + x**2 if min(h, w) > 1 else torch.zeros(h, w)
+    return ((square < 0.95) & (square >= hole)).double()
+
+
+def noise(h: int, w: int, seed: int = 3) -> Tensor:
+    return (random(h, w, seed=seed) > 0.5).double()
+
+
+def comb(h: int, w: int) -> Tensor:
+    mask = torch.zeros(h, w, dtype=torch.float64)
+    mask[:, ::2] = 1
+    mask[h // 2] = 1
+    return mask
+
+
+class Case:
+    """What a call is given. Values count to 1, or to 255 if uint8."""
+
+    def __init__(self, objects, size, *, images=1, channels=1, dtype=torch.float64, channels_last=False,
+                 guidance="import", soft=False):  # fmt: skip
+        self.objects, self.dtype, self.guidance, self.soft = objects, dtype, guidance, soft
+        self.channels_last = channels_last
+        self.full = 255.0 if dtype == torch.uint8 else 1.0
+        self.background = self.stored(random(images, channels, *size, seed=0))
+        self.pixels = [self.stored(random(channels, *o.mask.shape, seed=1 + k)) for k, o in enumerate(objects)]
+        self.masks = [self.stored(o.mask) for o in objects]
+        self.grad = random(images, channels, *size, seed=99).sub(0.5).to(dtype)
+
+    def stored(self, values: Tensor) -> Tensor:
+        return (values * self.full).round().to(self.dtype) if self.full > 1 else values.to(self.dtype)
+
+    def laid_out(self, image: Tensor) -> Tensor:
+        return image.movedim(-3, -1).contiguous() if self.channels_last else image.contiguous()
+
+    def back(self, image: Tensor) -> Tensor:
+        return image.movedim(-1, -3) if self.channels_last else image
+
+    def scene(self) -> Scene:
+        self.given = [self.laid_out(self.background), torch.cat([self.laid_out(p).flatten() for p in self.pixels])]
+        self.given.append(torch.cat([m.flatten() for m in self.masks]))
+        sizes = [o.mask.numel() for o in self.objects]
+        firsts = [sum(sizes[:k]) for k in range(len(sizes))]
+        rows = [[o.image, o.y, o.x, *o.mask.shape, first] for o, first in zip(self.objects, firsts, strict=True)]
+        self.given.append(torch.tensor(rows, dtype=torch.int64))
+        images, channels, height, width = self.background.shape
+        return Scene(
+            *(t.data_ptr() for t in self.given), DTYPES.index(self.dtype), self.channels_last, images, channels,
+            height, width, len(rows), sum(sizes), max(row[3] for row in rows), max(row[4] for row in rows),
+            GUIDANCES.index(self.guidance), self.soft,
+        )  # fmt: skip
+
+    def call(self, name: str, how: ctypes.Structure, shared: int, most_bytes: int) -> None:
+        before = [t.clone() for t in self.given]
+        message = getattr(kernels(), name)(ctypes.byref(how), shared, ctypes.c_size_t(most_bytes))
+        assert message is None, message.decode()
+        assert all(torch.equal(a, b) for a, b in zip(before, self.given, strict=True))
+
+    def blend(self, shared: int, tolerance: float, *, max_cycles: int = 10, most_bytes: int = 2**62, edit=None):
+        """Returns the image and info. `edit` changes the table."""
+        scene = self.scene()
+        if edit is not None:
+            edit(self.given[3])
+        image, info = self.given[0].clone(), Guarded(len(self.objects))
+        how = Blend(scene, Effort(tolerance, max_cycles), image.data_ptr(), info.pointer)
+        self.call("poisson_blend", how, shared, most_bytes)
+        return self.back(image), info.values
+
+    def backward(self, shared: int, tolerance: float, *, max_cycles: int = 14, most_bytes: int = 2**62, edit=None):
+        """Returns the gradients of background, pixels and mask, the last two flat."""
+        scene = self.scene()
+        if edit is not None:
+            edit(self.given[3])
+        grad, info = self.laid_out(self.grad), Guarded(len(self.objects))
+        outs = [grad.clone(), torch.zeros_like(self.given[1]), torch.zeros_like(self.given[2])]
+        pointers = [outs[0].data_ptr(), outs[1].data_ptr(), outs[2].data_ptr() if self.soft else None]
+        how = BlendBackward(scene, Effort(tolerance, max_cycles), grad.data_ptr(), *pointers, info.pointer)
+        self.call("poisson_blend_backward", how, shared, most_bytes)
+        assert (info.values <= tolerance).all()
+        return [self.back(outs[0]), *outs[1:]]
+
+    def expected(self, inputs=None) -> Tensor:
+        """In float64, counted to `full`, neither rounded nor clipped."""
+        background, pixels, masks = inputs or (self.background.double(), self.pixels, self.masks)
+        images = list(background)
+        for o, p, m in zip(self.objects, pixels, masks, strict=True):
+            images[o.image] = definition(
+                images[o.image], p.double(), m.double(), o.y, o.x, self.guidance, self.soft, self.full
+            )
+        return torch.stack(images)
+
+    def check(self, shared: int, tolerance: float, **how) -> Tensor:
+        """Within the tolerance of the definition, in grey levels, and no other pixel changed."""
+        found, info = self.blend(shared, tolerance, **how)
+        expected = self.expected()
+        rounding = 0.5 if self.full > 1 else 0.0
+        error = (found.double() - (expected.clamp(0, 255) if rounding else expected)).abs().max() * 255 / self.full
+        assert error <= tolerance + rounding
+        assert (info <= tolerance).all() and (info >= 0).all()
+        outside = torch.ones_like(found, dtype=torch.bool)
+        for o, m in zip(self.objects, self.masks, strict=True):
+            part = torch.zeros(found.shape[-2:], dtype=torch.bool)
+            rows, columns = torch.arange(m.shape[0]) + o.y, torch.arange(m.shape[1]) + o.x
+            inside = [((n >= 0) & (n < size)) for n, size in zip((rows, columns), part.shape, strict=True)]
+            domain = m > 0 if self.soft else m >= 0.5 * self.full
+            part[rows[inside[0]][:, None], columns[inside[1]]] = domain[inside[0]][:, inside[1]]
+            outside[o.image] &= ~part
+        assert torch.equal(found[outside], self.background[outside])
+        return found
+
+
+class Guarded:
+    """Numbers for a result between two that no kernel may touch."""
+
+    def __init__(self, count: int):
+        self.around = torch.full((count + 2,), -77.0)
+        self.pointer = self.around[1:].data_ptr()
+
+    @property
+    def values(self) -> Tensor:
+        assert (self.around[[0, -1]] == -77).all()
+        return self.around[1:-1]
+
+
+def ones(h: int, w: int) -> Tensor:
+    return torch.ones(h, w, dtype=torch.float64)
+
+
+def one_pixel(h: int, w: int) -> Tensor:
+    mask = torch.zeros(h, w, dtype=torch.float64)
+    mask[h // 2, w // 2] = 1
+    return mask
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+# name: an object, and the size of its image. Sizes are around those of a tile, 32 points, and of the coarsest level.
+PLACED = {
+    "odd": (Pasted(disc(33, 37), 2, 3), (41, 45)),
+    "tile": (Pasted(ones(32, 64), 1, 1), (34, 66)),
+    "beyond a tile": (Pasted(disc(31, 65), 1, 1), (40, 70)),
+    "hole": (Pasted(disc(34, 40, 0.3), 2, 2), (40, 50)),
+    "islands": (Pasted(noise(35, 38), 1, 1), (37, 40)),
+    "comb": (Pasted(comb(30, 41), 2, 1), (36, 44)),
+    "row": (Pasted(ones(1, 70), 2, 3), (5, 80)),
+    "column": (Pasted(ones(70, 2), 3, 2), (80, 5)),
+    "one pixel": (Pasted(one_pixel(20, 40), 1, 2), (24, 44)),
+    "nothing": (Pasted(torch.zeros(9, 40, dtype=torch.float64), 1, 2), (24, 44)),
+    "tiny": (Pasted(ones(2, 3), 1, 1), (5, 5)),
+    "cut off above": (Pasted(disc(40, 36), -15, -9), (36, 40)),
+    "cut off below": (Pasted(ones(40, 36), 15, 22), (36, 40)),
+    "outside": (Pasted(ones(8, 9), -8, 3), (20, 20)),
+    "larger than the image": (Pasted(noise(50, 60), -8, -9), (33, 40)),
+    "whole image": (Pasted(ones(40, 50), -3, -4), (33, 40)),
+    "whole row": (Pasted(ones(1, 40), 0, 0), (1, 40)),
+    "only pixel": (Pasted(ones(3, 3), -1, -1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("name", PLACED)
+def test_blend_of_every_place_and_mask(name, shared):
+    pasted, size = PLACED[name]
+    guidance = GUIDANCES[list(PLACED).index(name) % 3]
+    Case([pasted], size, guidance=guidance).check(shared, 0.02)
