@@ -203,9 +203,7 @@ def test_distractors_annotated_backgrounds_and_strict(capsys):
     with pytest.raises(SystemExit) as end:
         run("compose", *INPUT, "--out", "x", "--images", "0")
     assert end.value.code == cli.USAGE
-    for path in Path("objects/box").glob("*4.png"):
-        assert compose("--strict", out="strict", count=12) == cli.SKIPPED, path
-        break
+    assert compose("--strict", out="strict") == cli.SKIPPED
 
 
 def survivors(mark: str) -> list[str]:
@@ -221,7 +219,7 @@ def survivors(mark: str) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
 def test_a_kill_in_the_middle_costs_nothing_finished(way):
-    count = 300
+    count = 150
     command = ["compose", *INPUT, *SMALL, "--out", "out", "--images", str(count)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FASTNUGGETS_TEST": os.getcwd()}
     process = subprocess.Popen(
@@ -233,7 +231,7 @@ def test_a_kill_in_the_middle_costs_nothing_finished(way):
     )
     records = Path("out.partial/records.jsonl")
     deadline = time.monotonic() + 60
-    while not (records.exists() and records.read_bytes().count(b"\n") >= 20):
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 10):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)
@@ -252,7 +250,7 @@ def test_a_kill_in_the_middle_costs_nothing_finished(way):
         assert "Traceback" not in said
     finished = {path.name: path.stat().st_mtime_ns for path in Path("out.partial/images").glob("[0-9]*")}
     done = records.read_bytes().count(b"\n")
-    assert 20 <= done < count
+    assert 10 <= done < count
     assert compose(count=count) == cli.OK
     kept = [Path("out/images", name).stat().st_mtime_ns == time for name, time in finished.items()]
     assert sum(kept) >= done, "what was done was not made again"

@@ -13,7 +13,7 @@ coco_masks = pytest.importorskip("pycocotools.mask")
 Image = pytest.importorskip("PIL.Image")
 
 from fastnuggets import nn, ops, scenes  # noqa: E402
-from fastnuggets.scenes import blending, cutouts, images  # noqa: E402
+from fastnuggets.scenes import blending, cutouts, images, synthtext  # noqa: E402
 from fastnuggets.scenes.labels import Placed, clipped, make_labels, paint  # noqa: E402
 from fastnuggets.scenes.recipes import Recipe  # noqa: E402
 
@@ -568,6 +568,49 @@ def test_one_object_is_blended_where_it_is_said(mode, rooms):
         assert np.array_equal(made[core], over[17:23, 15:35])
 
 
+# ---- text
+
+
+def test_text_is_pasted_as_synthtext_does(rooms):
+    mask = cv2.putText(np.zeros((30, 90), np.uint8), "text", (3, 22), cv2.FONT_HERSHEY_SIMPLEX, 1, 255, 2)
+    white = np.full((30, 90, 3), 255, np.uint8)
+    dark = rooms[2] // 8
+    before = dark.copy()
+    made = scenes.paste_text(dark, white, mask, (60, 100), height=20)
+    assert np.array_equal(dark, before)
+    assert np.array_equal(made, scenes.paste_text(dark, white, mask, (60, 100), height=20))
+    around = np.zeros(dark.shape[:2], bool)
+    y, x, h, w = cutouts.bounding_box(mask)
+    around[60 + y - 19 : 60 + y + h + 19, 100 + x - 19 : 100 + x + w + 19] = True
+    assert np.array_equal(made[~around], dark[~around]), "the rectangle's outermost pixels are given values"
+    letters = blending.on_zeros(mask, dark.shape, (60, 100)) == 255
+    assert made[letters].mean() > dark[letters].mean() + 100
+    assert np.array_equal(scenes.paste_text(dark, white, 0 * mask, (0, 0), height=10), dark)
+    assert np.array_equal(scenes.paste_text(dark, white, mask, (500, 0), height=10), dark)
+    assert scenes.paste_text(dark, white, mask, (-10, 250), height=40).shape == dark.shape
+    with pytest.raises(ValueError, match="text and mask must be"):
+        scenes.paste_text(dark, white, mask[1:], (0, 0), height=10)
+
+
+@pytest.mark.parametrize(
+    ("strength", "factor", "guidance"), [(40, 1.0, "mixed"), (25, 1.5, "mixed"), (15, 1.5, "import")]
+)
+def test_text_that_would_be_lost_is_made_stronger(strength, factor, guidance, monkeypatch):
+    board = np.indices((20, 20)).sum(0)[..., None] % 2 * np.ones(3)
+    under, around = (60 + 30 * board).astype(np.float32), np.full(3, 50.0)
+    seen = {}
+
+    def solve(background, fronts, masks, **options):
+        seen.update(options, front=fronts[0].numpy())
+        return background
+
+    monkeypatch.setattr(synthtext.ops, "poisson_blend", solve)
+    synthtext._blended(under, around + strength * board, around)
+    assert seen["guidance"] == guidance
+    expected = around + factor * strength * board + (under if guidance == "import" else 0)
+    assert np.allclose(255 * seen["front"], expected, atol=1e-4)
+
+
 # ---- for a DataLoader
 
 
@@ -637,7 +680,7 @@ def test_random_paste_says_what_it_did(dtype):
     assert torch.equal(images, before)
     assert made.ptr[0] == 0
     assert made.ptr[-1] == len(made.objects)
-    assert made.ids.max() == len(made.objects) - 1 or len(made.objects) > 0
+    assert len(made.objects) > 6
     for b in range(6):
         pasted = made.ids[b] >= 0
         changed = (made.images[b] != images[b]).any(0)
@@ -662,7 +705,6 @@ def test_random_paste_lets_gradients_through():
     made = layer(images)
     made.images.sum().backward()
     seen = (made.ids < 0)[:, None].expand_as(images)
-    assert torch.equal(images.grad[seen] == 1, torch.ones_like(images.grad[seen], dtype=torch.bool)) or True
     assert images.grad[~seen].mean() < 0.2
     assert images.grad[seen].mean() > 0.9
     for wrong in ({"count": (2, 1)}, {"scale": (0.0, 1.0)}, {"flip": 2.0}):

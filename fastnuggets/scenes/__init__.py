@@ -6,7 +6,8 @@ COCO data set with all cores, as the command `fastnuggets compose` does; `PasteD
 trains. Blending itself is in `fastnuggets.ops`, and `fastnuggets.nn.RandomPaste` pastes into batches on a device.
 
 `SupportSurfaces` finds in depth where objects can stand, and how large; `TextPainter` writes onto plain regions, in
-their plane; `render_scene` casts shapes whose image, depth, flow and labels are all known.
+their plane, and `paste_text` is the last stage of SynthText; `render_scene` casts shapes whose image, depth, flow and
+labels are all known.
 
 Needs the extra ``fastnuggets[scenes]`` as soon as a file is touched.
 """
@@ -33,6 +34,7 @@ from fastnuggets.scenes.labels import Instance, Labels, Placed
 from fastnuggets.scenes.recipes import ALL_BLENDS, PRESETS, Recipe, preset
 from fastnuggets.scenes.render import Rendering, Shape, Texture, World, pose, random_scene, render_scene
 from fastnuggets.scenes.surfaces import Face, Places, Support, SupportSurfaces, faces, segment
+from fastnuggets.scenes.synthtext import paste_text
 from fastnuggets.scenes.text import PaintedText, TextPainter
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "fit_planes",
     "grabcut",
     "homography",
+    "paste_text",
     "plane_depth",
     "pose",
     "preset",

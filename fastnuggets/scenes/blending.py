@@ -104,14 +104,19 @@ def blend_one(
 
 
 def _multiband(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, at: Sequence[int]) -> np.ndarray:
-    """Of images of one size: around the foreground its edge goes on, under a mask of 0."""
-    rows, columns = (
-        np.clip(np.arange(whole) - first, 0, part - 1)
-        for whole, first, part in zip(background.shape, at, mask.shape, strict=False)
-    )
-    around = np.zeros(background.shape[:2], np.uint8)
-    inside, where = clipped((at[0], at[1], mask), around.shape)
-    around[where] = inside
-    spread = np.ascontiguousarray(foreground[rows[:, None], columns])
-    images = (torch.from_numpy(array) for array in (background, spread, around))
-    return ops.multiband_blend(*images, channels_last=True).numpy()
+    arrays = background, spread(foreground, background.shape, at), on_zeros(mask, background.shape, at)
+    return ops.multiband_blend(*map(torch.from_numpy, arrays), channels_last=True).numpy()
+
+
+def spread(image: np.ndarray, size: Sequence[int], at: Sequence[int]) -> np.ndarray:
+    """An image [h, w, C] at row and column ``at`` of a larger one; around it its edge goes on."""
+    rows, columns = (np.clip(np.arange(size[axis]) - at[axis], 0, image.shape[axis] - 1) for axis in (0, 1))
+    return image[rows[:, None], columns]
+
+
+def on_zeros(mask: np.ndarray, size: Sequence[int], at: Sequence[int]) -> np.ndarray:
+    """A mask [h, w] at row and column ``at`` of a larger one that is 0."""
+    whole = np.zeros(size[:2], mask.dtype)
+    inside, where = clipped((at[0], at[1], mask), size)
+    whole[where] = inside
+    return whole

@@ -100,8 +100,8 @@ class SceneComposer:
         if number < 0:
             raise ValueError(f"number must be at least 0, got {number}")
         look = _generator(self.seed, number, _LOOK)
-        drawn = self.recipe.blend[int(look.integers(len(self.recipe.blend)))]
         motion = Motion.draw(look)
+        drawn = self.recipe.blend[int(look.integers(len(self.recipe.blend)))]
         if blends is None:
             blends = self.recipe.blend if self.recipe.same_scene else (drawn,)
         layout = self._layout(number)
@@ -285,7 +285,7 @@ class _Layout:
         count = full if inside.size == one.solid.size else int(np.count_nonzero(inside))
         if count == 0 or count < (1 - recipe.max_truncation) * full:
             return False
-        if recipe.max_overlap is not None and self._overlaps(_box(one), recipe.max_overlap):
+        if recipe.max_overlap is not None and self._overlaps(self._box(one), recipe.max_overlap):
             return False
         if not recipe.min_visibility:
             return True
@@ -304,6 +304,11 @@ class _Layout:
                 return True
         return False
 
+    def _box(self, one: Placed) -> tuple[int, int, int, int]:
+        y, x, height, width = bounding_box(one.solid) or (0, 0, 0, 0)
+        less = int(self.recipe.compatible)  # there the last row and column are not counted
+        return one.y + y, one.x + x, height - less, width - less
+
     def _put(self, one: Placed) -> None:
         seen, where = clipped((one.y, one.x, one.solid), self.recipe.size)
         if self.recipe.min_visibility:
@@ -311,7 +316,7 @@ class _Layout:
             self.visible = np.subtract(self.visible, covered).tolist()
         paint(self.ids, one, len(self.known) + len(self.placed))
         self.placed.append(one)
-        self.boxes.append(_box(one))
+        self.boxes.append(self._box(one))
         self._account(int(np.count_nonzero(seen)))
 
     def _account(self, pixels: int) -> None:
@@ -336,7 +341,7 @@ class _Layout:
         for _ in range(recipe.tries):
             y, x = (self._corner(side, axis) for axis, side in enumerate(form.mask.shape))
             one = Placed(form.image, form.mask, y, x, cutout.category, cutout.name, distractor)
-            self.again = recipe.max_overlap is not None and self._overlaps(_box(one), recipe.max_overlap)
+            self.again = recipe.max_overlap is not None and self._overlaps(self._box(one), recipe.max_overlap)
             if not self.again:
                 break
         return one
@@ -357,8 +362,3 @@ def _scaled(form: Form, scale: float) -> tuple[int, int]:
 def _as_placed(mask: np.ndarray, category: str, name: str) -> Placed:
     levels = mask.astype(np.uint8) * np.uint8(255)
     return Placed(np.empty((*mask.shape, 0), np.uint8), levels, 0, 0, category, name)
-
-
-def _box(one: Placed) -> tuple[int, int, int, int]:
-    y, x, height, width = bounding_box(one.solid) or (0, 0, 0, 0)
-    return one.y + y, one.x + x, height, width
