@@ -112,6 +112,7 @@ examples:
 _RADIUS_KERNELS = ("sphere", "molgrid", "molvoxel", "pyuul", "moleculekit", "deepfrag")
 _KERNELS = ("wave", "gaussian", "nearest", "trilinear", *_RADIUS_KERNELS)
 _BLENDS = ("poisson", "mixed", "average", "rectangle", "none", "gaussian", "box", "difference", "multiband")
+_SCENES = ("pillow", "opencv-python-headless", "pycocotools")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SIGMA = {"wave": 1.0, "gaussian": 0.5}
 _BATCH_BYTES = 1 << 28
@@ -237,11 +238,12 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--background-annotations", type=Path, metavar="JSON", help="COCO instances of --backgrounds")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--images", type=_whole, default=1000, metavar="N", help="scenes (default %(default)s)")
-    parser.add_argument("--preset", default="default", help="settings to begin with (default: %(default)s)")
+    presets = "default, dwibedi2017, dwibedi2017-compatible, simple_copy_paste, georgakis2017"
+    parser.add_argument("--preset", default="default", metavar="NAME", help=f"settings to begin with, of {presets}")
     parser.add_argument(
         "--blend",
         metavar="A,B,...",
-        help="one of these for each scene; all: every scene in five blends, as Dwibedi 2017",
+        help="one of them for each scene, of gaussian, poisson, none, box, motion, mixed; all: each in the first five",
     )
     parser.add_argument("--same-scene", action="store_true", help="each scene in each blend")
     parser.add_argument("--level", choices=("object", "box"), help="paste the object, or its whole box")
@@ -358,7 +360,7 @@ def _info(args: argparse.Namespace) -> int:
     from importlib import metadata
 
     lines = {"fastnuggets": fastnuggets.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "rdkit", "pyarrow", "zarr", "safetensors", "tqdm", "matplotlib"):
+    for package in ("numpy", "rdkit", "pyarrow", "zarr", "safetensors", "tqdm", "matplotlib", *_SCENES):
         try:
             lines[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -314,6 +314,16 @@ def test_blend_pastes_one_image_onto_another(mode, capsys):
     assert run("blend", "fg.png", "mask.png", "rooms/1.png", "-o", "out.jpg", "--mode", mode, *at) == cli.OK
 
 
+def test_help_names_all_presets_and_blends(capsys):
+    with pytest.raises(SystemExit):
+        run("compose", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"settings to begin with, of {', '.join(scenes.PRESETS)}" in text.replace("- ", "-")
+    assert f"of {', '.join(scenes.recipes.BLENDS)};" in text
+    for mode in ("poisson", "multiband"):
+        assert mode in cli._BLENDS
+
+
 def test_blend_says_what_is_wrong(capsys):
     cv2.imwrite("fg.png", np.zeros((20, 30, 3), np.uint8))
     cv2.imwrite("mask.png", np.zeros((20, 31), np.uint8))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastnuggets
@@ -92,7 +93,7 @@ def compose(
 
 
 def describe(composer: SceneComposer) -> Record:
-    """What the scenes follow from: version, recipe, seed, and a digest of the names of the files."""
+    """What the scenes follow from: version, recipe, seed, and a digest of the names and sizes of the files."""
     found: Record = {"version": fastnuggets.__version__, "seed": composer.seed}
     found["recipe"] = dataclasses.asdict(composer.recipe)
     for name in ("cutouts", "backgrounds", "distractors"):
@@ -112,10 +113,18 @@ def _digest(items: Any) -> str:
 
 
 def _named(entry: Any) -> str:
-    """A file by its name below its folder, so that the folder may move; arrays by their bytes."""
-    if isinstance(entry, torch.Tensor) or hasattr(entry, "tobytes"):
-        return hashlib.sha256(entry.tobytes()).hexdigest()
-    return repr(tuple(part for part in entry if not isinstance(part, Path))) if isinstance(entry, tuple) else entry.name
+    """A file by its size and its name below its folder, so that the folder may move; arrays by their bytes."""
+    if isinstance(entry, tuple):
+        return repr(tuple(_size(part) if isinstance(part, Path) else part for part in entry))
+    arrays = [entry] if isinstance(entry, np.ndarray) else [entry.image, getattr(entry, "mask", entry.image)]
+    return repr([getattr(entry, "name", ""), *(hashlib.sha256(array.tobytes()).hexdigest() for array in arrays)])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _count(workers: int | None) -> int:
