@@ -53,8 +53,9 @@ def blend_all(
     for name in blends:
         if name in ("poisson", "mixed"):
             solid = _pack(images, [_domain(one, recipe.compatible) for one in placed])
-            options = {"ptr": [0, len(placed)], "guidance": _GUIDANCE[name]}
-            image: Any = ops.poisson_blend(under, solid, position=position, channels_last=True, **options)
+            image: Any = ops.poisson_blend(
+                under, solid, position=position, guidance=_GUIDANCE[name], channels_last=True
+            )
         else:
             way = {**_WAYS[name], "edge": "reflect" if recipe.compatible else "zero"}
             if name == "gaussian":
