@@ -455,16 +455,7 @@ void read_mask(const Composite& how, const Placed& o, Index y, Index x, Index n,
     std::fill(to + end, to + n, R(0));
     return;
   }
-  for (Index k = 0; k < n; ++k) {
-    const Reading<R> r = reading<R>(how, o, y, x + k, false);
-    R sum = 0;
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j) {
-        const R share = r.y.share[i] * r.x.share[j];
-        if (share != 0) sum += share * share_of(mask[(i ? r.y.high : r.y.low) * o.w + (j ? r.x.high : r.x.low)]);
-      }
-    to[k] = sum;
-  }
+  for (Index k = 0; k < n; ++k) to[k] = mask_at<S>(how, o, y, x + k);
 }
 
 // to [planes, n * step].
@@ -480,22 +471,9 @@ void read_colours(const Composite& how, const Placed& o, Index y, Index x, Index
     return;
   }
   const bool clamped = colour_clamped(how);
-  const Index plane = o.h * o.w;
   for (Index k = 0; k < n; ++k) {
     const Reading<R> r = reading<R>(how, o, y, x + k, clamped);
-    const S* corner[4];
-    R share[4];
-    for (int c = 0; c < 4; ++c) {
-      share[c] = r.y.share[c / 2] * r.x.share[c % 2];
-      corner[c] = pixels + ((c / 2 ? r.y.high : r.y.low) * o.w + (c % 2 ? r.x.high : r.x.low)) * layout.step;
-    }
-    for (Index p = 0; p < layout.planes; ++p)
-      for (Index s = 0; s < layout.step; ++s) {
-        R sum = 0;
-        for (int c = 0; c < 4; ++c)
-          if (share[c] != 0) sum += share[c] * load(corner[c][p * plane + s]);
-        to[(p * n + k) * layout.step + s] = sum;
-      }
+    for (Index c = 0; c < how.C; ++c) to[how.channels_last ? k * how.C + c : c * n + k] = colour_at<S>(how, o, r, c);
   }
 }
 
@@ -728,28 +706,51 @@ void composite_as(const Composite& how) {
 
 // ---- backward
 
+// Whether some pixel belongs to two objects, as where one is drawn twice.
+bool share_pixels(std::vector<Placed> all) {
+  std::sort(all.begin(), all.end(), [](const Placed& a, const Placed& b) { return a.first < b.first; });
+  Index end = 0;
+  for (const Placed& o : all) {
+    if (o.h * o.w == 0) continue;
+    if (o.first < end) return true;
+    end = o.first + o.h * o.w;
+  }
+  return false;
+}
+
 // Of every object, in the type computed with: the derivatives by its alpha and by its colours, of what is seen of it.
-// Where they are the result they lie in it.
+// Where they are the result they lie in it; else the result is summed up of them.
 template <class S>
 class Gradients {
  public:
   using R = Real<S>;
 
   Gradients(const CompositeBackward& how, const std::vector<Placed>& all) : how_(how) {
+    shared = share_pixels(all);
     const Composite& f = how.forward;
-    const bool same = std::is_same_v<S, R> && is_copied(f);
+    const bool same = std::is_same_v<S, R> && is_copied(f) && !shared;
     colours_in_place = same;
     alpha_in_place = same && f.feather.radius == 0;
     wants_colours = how.pixels != nullptr || how.matrix != nullptr;
     wants_alpha = how.mask != nullptr || how.matrix != nullptr;
     start_.reserve(all.size() + 1);
-    Index sum = 0;
-    for (const Placed& o : all) start_.push_back(sum), sum += o.seen.area();
+    Index sum = 0, covered = 0;
+    for (const Placed& o : all) start_.push_back(sum), sum += o.seen.area(), covered += o.h * o.w;
     if (wants_colours && !colours_in_place) colours_ = std::make_unique_for_overwrite<R[]>(std::size_t(sum * f.C));
     if (wants_alpha && !alpha_in_place) alpha_ = std::make_unique_for_overwrite<R[]>(std::size_t(sum));
+    const bool all_covered = covered == f.P && !shared;
+    pixel_sums = sums(how.pixels, f.P * f.C, colours_in_place && all_covered, pixel_room_);
+    mask_sums = sums(how.mask, f.P, is_copied(f) && std::is_same_v<S, R> && all_covered, mask_room_);
   }
 
-  bool colours_in_place, alpha_in_place, wants_colours, wants_alpha;
+  // Sums that were not made in the result.
+  void store() {
+    narrow(pixel_room_, how_.pixels);
+    narrow(mask_room_, how_.mask);
+  }
+
+  R *pixel_sums, *mask_sums;  // [P * C] and [P], or null
+  bool colours_in_place, alpha_in_place, wants_colours, wants_alpha, shared;
 
   // [planes, height, width * step] of what is seen.
   R* colours(Index n) const { return colours_.get() + start_[std::size_t(n)] * how_.forward.C; }
@@ -772,6 +773,21 @@ class Gradients {
   const CompositeBackward& how_;
   std::vector<Index> start_;
   std::unique_ptr<R[]> colours_, alpha_;
+  std::vector<R> pixel_room_, mask_room_;
+
+  // All 0, unless every one of them will be written to.
+  R* sums(void* out, Index count, bool all_written, std::vector<R>& room) {
+    if (out == nullptr) return nullptr;
+    if constexpr (!std::is_same_v<S, R>) {
+      room.assign(std::size_t(count), R(0));
+      return room.data();
+    }
+    if (!all_written) std::fill_n(static_cast<R*>(out), count, R(0));
+    return static_cast<R*>(out);
+  }
+  void narrow(const std::vector<R>& room, void* out) {
+    if (!room.empty()) vectorised(Narrow<S>(), room.data(), static_cast<S*>(out), Index(room.size()));
+  }
 };
 
 // One object in a band of the backward pass, and what of it the current row needs.
@@ -963,8 +979,8 @@ class ObjectBackward {
   void run() {
     if (how_.matrix != nullptr) std::fill_n(how_.matrix + 9 * n_, 9, 0.0);
     if (o_.h <= 0 || o_.w <= 0) return;
-    if (how_.pixels != nullptr || how_.matrix != nullptr) colours();
-    if (how_.mask != nullptr || how_.matrix != nullptr) mask();
+    if (gradients_.wants_colours) colours();
+    if (gradients_.wants_alpha) mask();
     if (how_.matrix != nullptr && !o_.seen.empty()) through_inverse(o_.inverse, by_inverse_, how_.matrix + 9 * n_);
   }
 
@@ -976,29 +992,13 @@ class ObjectBackward {
   const Placed& o_;
   Index n_;
   double by_inverse_[9] = {};
-  std::vector<R> room_;
 
   Index pixels() const { return o_.h * o_.w; }
 
-  // Sums of `count` values in the type computed with, 0 at first: in the result if it is of that type.
-  R* sums(void* out, Index first, Index count) {
-    if (std::is_same_v<S, R> && out != nullptr) {
-      std::fill_n(static_cast<R*>(out) + first, count, R(0));
-      return static_cast<R*>(out) + first;
-    }
-    room_.assign(std::size_t(count), R(0));
-    return room_.data();
-  }
-  void store(const R* from, void* out, Index first, Index count) {
-    if constexpr (!std::is_same_v<S, R>)
-      if (out != nullptr) vectorised(Narrow<S>(), from, at<S>(out, first), count);
-  }
-
   void colours() {
-    if (gradients_.colours_in_place) return zero_unseen();
-    const Index count = pixels() * f_.C, first = o_.first * f_.C;
-    R* const to = sums(how_.pixels, first, count);
-    const S* const values = at<S>(f_.pixels, first);
+    if (gradients_.colours_in_place) return zero_outside(how_.pixels, o_.first * f_.C, layout_.planes, layout_.step);
+    R* const to = gradients_.pixel_sums == nullptr ? nullptr : gradients_.pixel_sums + o_.first * f_.C;
+    const S* const values = at<S>(f_.pixels, o_.first * f_.C);
     const R* const given = gradients_.colours(n_);
     const bool clamped = colour_clamped(f_);
     const Index width = o_.seen.width(), height = o_.seen.height();
@@ -1008,15 +1008,11 @@ class ObjectBackward {
         const auto by = [&](Index p, Index s) { return given[(p * height * width + k) * layout_.step + s]; };
         spread(y, x, clamped, values, to, by, [](S value) { return load(value); }, layout_.planes, layout_.step);
       }
-    store(to, how_.pixels, first, count);
   }
 
   // What is drawn one for one has its derivatives already, but for what lies outside the image.
-  void zero_unseen() {
-    if (how_.pixels == nullptr || o_.seen.area() == pixels()) return;
-    zero_outside(how_.pixels, o_.first * f_.C, layout_.planes, layout_.step);
-  }
   void zero_outside(void* out, Index first, Index planes, Index step) {
+    if (out == nullptr || o_.seen.area() == pixels()) return;
     S* const data = at<S>(out, first);
     for (Index p = 0; p < planes; ++p)
       for (Index i = 0; i < o_.h; ++i) {
@@ -1029,12 +1025,11 @@ class ObjectBackward {
   }
 
   void mask() {
-    if (gradients_.alpha_in_place) {
-      if (o_.seen.area() < pixels()) zero_outside(how_.mask, o_.first, 1, 1);
-      return;
-    }
-    R* const to = sums(how_.mask, o_.first, pixels());
+    if (gradients_.alpha_in_place) return zero_outside(how_.mask, o_.first, 1, 1);
+    R* const to = gradients_.mask_sums == nullptr ? nullptr : gradients_.mask_sums + o_.first;
     const Box within = reach(f_, o_);
+    if (to != nullptr && f_.sampling == Sampling::shift && within.area() < pixels() && !gradients_.shared)
+      std::fill_n(to, pixels(), R(0));
     const R* const by_alpha = gradients_.alpha(n_);
     Unblurred<R> unblurred(f_, o_, by_alpha);
     std::vector<R> row(std::size_t(within.width()));
@@ -1045,13 +1040,13 @@ class ObjectBackward {
         std::copy_n(by_alpha + (y - within.y0) * within.width(), within.width(), row.data());
       mask_row(y, within, row.data(), to);
     }
-    store(to, how_.mask, o_.first, pixels());
   }
   void mask_row(Index y, const Box& within, const R* by, R* to) {
     if (f_.sampling == Sampling::shift) {
       if (y < o_.top || y >= o_.top + o_.h) return;
       const Index from = std::max(within.x0, o_.left), end = std::min(within.x1, o_.left + o_.w);
-      std::copy_n(by + from - within.x0, end - from, to + (y - o_.top) * o_.w + from - o_.left);
+      R* const row = to + (y - o_.top) * o_.w - o_.left;
+      for (Index x = from; x < end; ++x) row[x] = (gradients_.shared ? row[x] : R(0)) + by[x - within.x0];
       return;
     }
     const S* const values = at<S>(f_.mask, o_.first);
@@ -1080,7 +1075,7 @@ class ObjectBackward {
         for (Index s = 0; s < step; ++s) {
           const Index k = (p * pixels() + at) * step + s;
           const R g = by(p, s);
-          to[k] += share * g;
+          if (to != nullptr) to[k] += share * g;
           if (!moves) continue;
           const R v = value(values[k]);
           by_y += slope_y * v * g;
@@ -1091,29 +1086,22 @@ class ObjectBackward {
   }
 };
 
-// Objects need not fill the memory of pixels and mask.
-template <class S>
-void zero_all(void* data, Index count) {
-  if (data != nullptr) std::memset(data, 0, std::size_t(count) * sizeof(S));
-}
-
 template <class S>
 void composite_backward_as(const CompositeBackward& how) {
   const Composite& f = how.forward;
   const std::vector<Placed> all = placed_all(f);
-  Index covered = 0;
-  for (const Placed& o : all) covered += o.h * o.w;
-  if (covered != f.P) {
-    zero_all<S>(how.pixels, f.P * f.C);
-    zero_all<S>(how.mask, f.P);
-  }
-  const Gradients<S> gradients(how, all);
+  Gradients<S> gradients(how, all);
   for_bands(f, sizeof(S),
             [&](Index b, Index from, Index to) { BandBackward<S>(how, gradients).run(all, b, from, to); });
   if (how.pixels == nullptr && how.mask == nullptr && how.matrix == nullptr) return;
-  at::parallel_for(0, f.N, 1, [&](Index first, Index last) {
+  const auto run = [&](Index first, Index last) {
     for (Index n = first; n < last; ++n) ObjectBackward<S>(how, gradients, all[std::size_t(n)], n).run();
-  });
+  };
+  if (gradients.shared)
+    run(0, f.N);
+  else
+    at::parallel_for(0, f.N, 1, run);
+  gradients.store();
 }
 
 // Calls body with a number of the type.

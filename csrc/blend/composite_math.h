@@ -49,6 +49,34 @@ FN_HD Slopes<R> slopes(R f, R a, R u) {
   return {s, -s * u - u, 1 - a - a * s};
 }
 
+// The same where the mix is not known to the compiler.
+template <class R>
+FN_HD R mixed(Mix mix, R f, R a, R u) {
+  switch (mix) {
+    case Mix::over:
+      return mixed<Mix::over>(f, a, u);
+    case Mix::difference:
+      return mixed<Mix::difference>(f, a, u);
+    case Mix::over_premultiplied:
+      return mixed<Mix::over_premultiplied>(f, a, u);
+    default:
+      return mixed<Mix::difference_premultiplied>(f, a, u);
+  }
+}
+template <class R>
+FN_HD Slopes<R> slopes(Mix mix, R f, R a, R u) {
+  switch (mix) {
+    case Mix::over:
+      return slopes<Mix::over>(f, a, u);
+    case Mix::difference:
+      return slopes<Mix::difference>(f, a, u);
+    case Mix::over_premultiplied:
+      return slopes<Mix::over_premultiplied>(f, a, u);
+    default:
+      return slopes<Mix::difference_premultiplied>(f, a, u);
+  }
+}
+
 // ---- places
 
 struct Box {
@@ -218,36 +246,7 @@ FN_HD Reading<R> reading(const Composite& how, const Placed& o, Index y, Index x
 // The colour beyond an object's edge, where a feather shows it, is that of the edge; premultiplied it is nothing.
 FN_HD bool colour_clamped(const Composite& how) { return how.mix == Mix::over || how.mix == Mix::difference; }
 
-// Adds to sums [9] the derivative by the inverse matrix, of a pixel whose reading moves the result by (by_y, by_x).
-template <class R>
-FN_HD void add_to_inverse(const Reading<R>& at, Index y, Index x, double by_y, double by_x, double* sums) {
-  const double along[3] = {double(x) / at.depth, double(y) / at.depth, 1 / at.depth};
-  const double by_depth = -(by_x * at.at_x + by_y * at.at_y);
-  for (int k = 0; k < 3; ++k) {
-    sums[k] += by_x * along[k];
-    sums[3 + k] += by_y * along[k];
-    sums[6 + k] += by_depth * along[k];
-  }
-}
-
-// The derivative by a matrix, of that by its inverse: -inverse' g inverse'.
-FN_HD void through_inverse(const double* inverse, const double* g, double* out) {
-  double half[9];
-  for (int i = 0; i < 3; ++i)
-    for (int j = 0; j < 3; ++j) {
-      double sum = 0;
-      for (int k = 0; k < 3; ++k) sum += inverse[3 * k + i] * g[3 * k + j];
-      half[3 * i + j] = sum;
-    }
-  for (int i = 0; i < 3; ++i)
-    for (int j = 0; j < 3; ++j) {
-      double sum = 0;
-      for (int k = 0; k < 3; ++k) sum += half[3 * i + k] * inverse[3 * j + k];
-      out[3 * i + j] = -sum;
-    }
-}
-
-// ---- storage
+// ---- what is stored
 
 using fastnuggets::load;
 FN_HD float load(std::uint8_t x) { return float(x); }
@@ -276,6 +275,76 @@ FN_HD S stored(Real<S> x) {
 template <>
 FN_HD std::uint8_t stored(float x) {  // to nearest, and within the range; a NaN is 0
   return std::uint8_t(x > 0 ? (x < 255.0f ? x + 0.5f : 255.0f) : 0.0f);
+}
+
+// ---- reading an object's pixels
+
+// Where channel c of a pixel of the object is; `pixel` is its number within it.
+FN_HD Index place_of(const Composite& how, const Placed& o, Index pixel, Index c) {
+  return how.channels_last ? (o.first + pixel) * how.C + c : o.first * how.C + c * o.h * o.w + pixel;
+}
+FN_HD Index place_in_image(const Composite& how, Index b, Index y, Index x, Index c) {
+  return how.channels_last ? ((b * how.H + y) * how.W + x) * how.C + c : ((b * how.C + c) * how.H + y) * how.W + x;
+}
+
+// The sum of value(pixel, share) over the four pixels; what counts nothing is not read, it may be a NaN.
+template <class R, class Value>
+FN_HD R sum_of(const Reading<R>& r, Index w, Value value) {
+  R sum = 0;
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const R share = r.y.share[i] * r.x.share[j];
+      if (share != 0) sum += share * value((i ? r.y.high : r.y.low) * w + (j ? r.x.high : r.x.low));
+    }
+  return sum;
+}
+
+template <class S>
+FN_HD Real<S> mask_at(const Composite& how, const Placed& o, Index y, Index x) {
+  const S* const mask = static_cast<const S*>(how.mask) + o.first;
+  if (how.sampling == Sampling::shift) {
+    const Index i = y - o.top, j = x - o.left;
+    return i >= 0 && i < o.h && j >= 0 && j < o.w ? share_of(mask[i * o.w + j]) : Real<S>(0);
+  }
+  const Reading<Real<S>> r = reading<Real<S>>(how, o, y, x, false);
+  return sum_of(r, o.w, [&](Index pixel) { return share_of(mask[pixel]); });
+}
+
+template <class S>
+FN_HD Real<S> colour_at(const Composite& how, const Placed& o, const Reading<Real<S>>& r, Index c) {
+  const S* const pixels = static_cast<const S*>(how.pixels);
+  return sum_of(r, o.w, [&](Index pixel) { return load(pixels[place_of(how, o, pixel, c)]); });
+}
+
+// ---- derivatives by the place
+
+// Adds to sums [9] the derivative by the inverse matrix, of a pixel whose reading moves the result by (by_y, by_x).
+template <class R>
+FN_HD void add_to_inverse(const Reading<R>& at, Index y, Index x, double by_y, double by_x, double* sums) {
+  const double along[3] = {double(x) / at.depth, double(y) / at.depth, 1 / at.depth};
+  const double by_depth = -(by_x * at.at_x + by_y * at.at_y);
+  for (int k = 0; k < 3; ++k) {
+    sums[k] += by_x * along[k];
+    sums[3 + k] += by_y * along[k];
+    sums[6 + k] += by_depth * along[k];
+  }
+}
+
+// The derivative by a matrix, of that by its inverse: -inverse' g inverse'.
+FN_HD void through_inverse(const double* inverse, const double* g, double* out) {
+  double half[9];
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) {
+      double sum = 0;
+      for (int k = 0; k < 3; ++k) sum += inverse[3 * k + i] * g[3 * k + j];
+      half[3 * i + j] = sum;
+    }
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) {
+      double sum = 0;
+      for (int k = 0; k < 3; ++k) sum += half[3 * i + k] * inverse[3 * j + k];
+      out[3 * i + j] = -sum;
+    }
 }
 
 }  // namespace fastnuggets::composite
