@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastnuggets import reference
+from fastnuggets.ops.poisson import GUIDANCES as POISSON_GUIDANCES
 from fastnuggets.ops.sample import APPROXIMATIONS, FORMS, KINDS
 from fastnuggets.ops.voxelize import COMBINES, DENSITIES
 from fastnuggets.reference.philox import normal
@@ -1205,5 +1206,106 @@ register(
         dtypes=_FLOATING,
         any_dtype=("grad", *_COMPOSITE),
         tolerance=_ROUNDED,
+    )
+)
+
+
+# --- Poisson blending -------------------------------------------------------------------------------------------------
+
+# Background [B, C, H, W], (image, y, x, h, w) of each object, guidance, soft, channels_last.
+_POISSON: dict[str, tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...], str, bool, bool]] = {
+    "typical": ((2, 2, 6, 7), ((0, 1, 1, 4, 5), (1, -1, 3, 5, 6)), "import", False, False),
+    "larger": ((3, 3, 8, 9), ((1, 2, 3, 5, 4), (0, 4, 6, 6, 6), (2, -2, -1, 7, 6)), "import", False, False),
+    "mixed": ((1, 2, 6, 5), ((0, 1, 1, 4, 3),), "mixed", False, True),
+    "average": ((1, 1, 5, 6), ((0, 0, 2, 4, 4),), "average", False, False),
+    "soft": ((2, 2, 5, 6), ((1, 1, 2, 3, 3), (0, -1, -1, 4, 4)), "mixed", True, True),
+    "whole image": ((1, 2, 4, 5), ((0, 0, 0, 4, 5),), "average", True, False),
+    "outside": ((1, 1, 4, 4), ((0, 9, 0, 2, 2),), "import", False, False),
+    "one": ((1, 1, 1, 1), ((0, 0, 0, 1, 1),), "import", False, False),
+    "empty": ((1, 2, 4, 4), (), "import", False, False),
+    "parallel": ((4, 3, 40, 44), tuple((b, 3 * b - 2, 5, 24, 26 + b) for b in range(4)), "mixed", False, True),
+}
+
+
+def _poisson(device: torch.device, dtype: torch.dtype, name: str) -> tuple[Any, ...]:
+    size, objects, guidance, soft, last = _POISSON[name]
+    uniform = _random(len(name), device, dtype)
+    pixels = sum(h * w for *_, h, w in objects)
+    background = uniform(0, 1, *size)
+    # Hard: a quarter of the pixels is left out. Soft: nothing, as a difference quotient would take a 0 into the domain.
+    mask = uniform(0.2, 0.9, pixels) if soft else (uniform(0, 1, pixels) > 0.25).to(dtype)
+    mask = torch.ones_like(mask) if name == "one" else mask
+    starts = itertools.accumulate((h * w for *_, h, w in objects), initial=0)
+    rows = [(*place, start) for place, start in zip(objects, starts, strict=False)]
+    table = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 6)
+    # Grey levels. Values are numbers up to 1, so of float32 the tolerance below holds for the image 255 times over.
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-3
+    background = background.movedim(1, -1).contiguous() if last else background
+    kind = POISSON_GUIDANCES.index(guidance)
+    return background, uniform(0, 1, pixels * size[1]), mask, table, 28, 30, kind, soft, tolerance, 60, last
+
+
+def _poisson_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    return {name: _poisson(device, dtype, name) for name in _POISSON}
+
+
+def _poisson_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, args in _poisson_samples(device, dtype).items():
+        grad = _random(7, device, dtype)(-1, 1, *args[0].shape)
+        made[name] = (grad, *args, [True, name != "mixed", args[7]])
+    return made
+
+
+def _reference_poisson(
+    background: Tensor,
+    pixels: Tensor,
+    mask: Tensor,
+    table: Tensor,
+    _h: int,
+    _w: int,
+    guidance: int,
+    soft: bool,
+    _tolerance: float,
+    _cycles: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """The image, and that its error is 0."""
+    image = reference.poisson_blend(
+        background, pixels, mask, table, POISSON_GUIDANCES[guidance], soft=soft, channels_last=channels_last
+    )
+    return image, torch.zeros(table.size(0), device=table.device)
+
+
+def _reference_poisson_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *arguments, wanted = given
+    leaves = [t.detach().requires_grad_() for t in arguments[:3]]
+    with torch.enable_grad():
+        image = _reference_poisson(*leaves, *arguments[3:])[0]
+        found = _gradients([image], leaves, [grad])
+    return tuple(f.detach() if w else grad.new_zeros(0) for f, w in zip(found, wanted, strict=True))
+
+
+# The image and the estimate of its error, in grey levels, are held to one bound: that which was asked for.
+_SOLVED = {torch.float32: 1e-3, torch.float64: 1e-10}
+_SOLVED_BACK = {torch.float32: 2e-5, torch.float64: 1e-11}
+
+register(
+    OpCase(
+        "fastnuggets::poisson_blend",
+        _poisson_samples,
+        _reference_poisson,
+        ("background", "pixels", "mask"),
+        double_backward=False,
+        tolerance=_SOLVED,
+        gradient_tolerance=_SOLVED_BACK,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::poisson_blend_backward",
+        _poisson_backward_samples,
+        _reference_poisson_backward,
+        tolerance=_SOLVED_BACK,
     )
 )

@@ -168,13 +168,11 @@ struct PoissonBlend : torch::autograd::Function<PoissonBlend> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const variable_list v = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const bool soft = data["soft"].toBool();
-    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                     ctx->needs_input_grad(2) && soft};
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     variable_list out(11);
     if (!grad[0].defined()) return out;
     const auto [a, b, c] = call_backward(grad[0], v[0], v[1], v[2], v[3], data["max_h"].toInt(), data["max_w"].toInt(),
-                                         data["guidance"].toInt(), soft, data["tolerance"].toDouble(),
+                                         data["guidance"].toInt(), data["soft"].toBool(), data["tolerance"].toDouble(),
                                          data["max_cycles"].toInt(), data["channels_last"].toBool(), wanted);
     if (wanted[0]) out[0] = a;
     if (wanted[1]) out[1] = b;

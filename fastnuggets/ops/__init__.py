@@ -14,6 +14,7 @@ from fastnuggets.ops.average import (
 )
 from fastnuggets.ops.blend import Composite, Objects, composite, pack_objects
 from fastnuggets.ops.inverse import Atoms, Conditioning, condition_number, deconvolve, find_atoms, kernel_warnings
+from fastnuggets.ops.poisson import poisson_blend
 from fastnuggets.ops.sample import (
     binary_concrete,
     dropout,
@@ -62,6 +63,7 @@ __all__ = [
     "noise_",
     "noise_key",
     "pack_objects",
+    "poisson_blend",
     "random_signs",
     "rsample",
     "rsample_normal",

@@ -12,6 +12,7 @@ from fastnuggets.reference.average import (
 )
 from fastnuggets.reference.blend import composite
 from fastnuggets.reference.inverse import fit_atoms
+from fastnuggets.reference.poisson import poisson_blend
 from fastnuggets.reference.sample import (
     gumbel_softmax,
     kl_log_uniform,
@@ -34,6 +35,7 @@ __all__ = [
     "kl_log_uniform",
     "kl_normal",
     "noise",
+    "poisson_blend",
     "rsample_normal",
     "scaled_noise",
     "sgd_step",
