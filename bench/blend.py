@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.cases import Contender, Gate, Group, Missing
 from bench.peers import needs
 from fastnuggets import ops
+from fastnuggets.demo_blend import equations, solved
 from fastnuggets.scenes import samples
 
 Size = tuple[int, int]
@@ -56,39 +57,9 @@ def tensors(size: Size, device: str, mask: str = "cat") -> tuple[Tensor, ops.Obj
 
 @lru_cache(maxsize=8)
 def exact(size: Size, guidance: str, mask: str = "cat", clipped: bool = True) -> Array:
-    """Pérez' equation with the background around the true mask, solved directly in float64, [H, W, 3] in 0 ... 255."""
-    from scipy.sparse.linalg import splu
-
-    fg, bg, inside = pictures(size, mask)
-    matrix, right, rows = equations(fg.astype(float), bg.astype(float), inside, guidance)
-    result = bg.astype(float)
-    result[rows[:, 0], rows[:, 1]] = splu(matrix.tocsc()).solve(right)
+    """The direct solution in float64, [H, W, 3] in 0 ... 255."""
+    result = solved(*pictures(size, mask), guidance)
     return result.clip(0, LEVELS) if clipped else result
-
-
-def equations(fg: Array, bg: Array, inside: Array, guidance: str) -> tuple[Any, Array, Array]:
-    """Matrix, right side [n, 3] and the unknowns' (y, x) [n, 2]; edges that leave the image are left out."""
-    from scipy.sparse import coo_matrix
-
-    rows = np.argwhere(inside)
-    number = np.full(inside.shape, -1)
-    number[inside] = np.arange(len(rows))
-    diagonal, right = np.zeros(len(rows)), np.zeros((len(rows), 3))
-    entries: list[Array] = []
-    for step in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-        there = rows + step
-        legal = ((there >= 0) & (there < inside.shape)).all(1)
-        p, q = tuple(rows[legal].T), tuple(there[legal].T)
-        own, other = number[p], number[q]
-        guide, under = fg[p] - fg[q], bg[p] - bg[q]
-        right[own] += np.where(np.abs(under) > np.abs(guide), under, guide) if guidance == "mixed" else guide
-        diagonal[own] += 1
-        known = other < 0
-        np.add.at(right, own[known], bg[q][known])
-        entries.append(np.stack([own[~known], other[~known]]))
-    at = np.concatenate([np.stack([np.arange(len(rows))] * 2), *entries], 1)
-    values = np.concatenate([diagonal, -np.ones(at.shape[1] - len(rows))])
-    return coo_matrix((values, tuple(at)), (len(rows),) * 2), right, rows
 
 
 def seen(image: Array, size: Size, guidance: str) -> str:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
-from fastnuggets import ops, reference
+from fastnuggets import ops
 from fastnuggets.models.center_detector import CenterDetector, Detections, Targets, center_loss, center_targets
 from fastnuggets.molecules.files import need
 from fastnuggets.parts import Parts, command, one_thread, settings
 from fastnuggets.scenes import Cutout, Recipe, SceneComposer, samples
 from fastnuggets.scenes.geometry import Camera
 from fastnuggets.scenes.recipes import ALL_BLENDS
-from fastnuggets.scenes.render import Rendering, Scene, Shape, Texture, pose, render_scene
+from fastnuggets.scenes.render import Rendering, Shape, Texture, World, pose, render_scene
 
 # What a detector learns from: scenes of one blend, each scene in all of them, whole boxes pasted, or rendered ones.
 WHOLE_BOX, EVERY, RENDERED = "whole box", "all", "rendered"
@@ -145,10 +145,35 @@ def compare() -> dict[str, Any]:
 
 
 def solved(fg: np.ndarray, bg: np.ndarray, inside: np.ndarray, guidance: str) -> np.ndarray:
-    """The equation's solution in float64 by the plain definition, not rounded, [H, W, 3] in grey levels."""
-    image, one = (torch.tensor(a, dtype=torch.float64).permute(2, 0, 1) / LEVELS for a in (bg, fg))
-    made = reference.poisson_blend(image, one, torch.tensor(inside), guidance=guidance)
-    return (made.permute(1, 2, 0) * LEVELS).numpy()
+    """Pérez' equation on the true mask, solved directly in float64 and not rounded, [H, W, 3] in grey levels."""
+    matrix, right, rows = equations(fg.astype(float), bg.astype(float), inside, guidance)
+    result = bg.astype(float)
+    result[rows[:, 0], rows[:, 1]] = need("scipy.sparse.linalg").splu(matrix.tocsc()).solve(right)
+    return result
+
+
+def equations(fg: np.ndarray, bg: np.ndarray, inside: np.ndarray, guidance: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Matrix, right side [n, 3] and the unknowns' (y, x) [n, 2]; edges that leave the image are left out."""
+    rows = np.argwhere(inside)
+    number = np.full(inside.shape, -1)
+    number[inside] = np.arange(len(rows))
+    diagonal, right = np.zeros(len(rows)), np.zeros((len(rows), 3))
+    entries: list[np.ndarray] = []
+    for step in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        there = rows + step
+        legal = ((there >= 0) & (there < inside.shape)).all(1)
+        p, q = tuple(rows[legal].T), tuple(there[legal].T)
+        own, other = number[p], number[q]
+        guide, under = fg[p] - fg[q], bg[p] - bg[q]
+        stronger = np.where(np.abs(under) > np.abs(guide), under, guide)
+        right[own] += {"import": guide, "mixed": stronger, "average": (guide + under) / 2}[guidance]
+        diagonal[own] += 1
+        known = other < 0
+        np.add.at(right, own[known], bg[q][known])
+        entries.append(np.stack([own[~known], other[~known]]))
+    at = np.concatenate([np.stack([np.arange(len(rows))] * 2), *entries], 1)
+    values = np.concatenate([diagonal, -np.ones(at.shape[1] - len(rows))])
+    return need("scipy.sparse").coo_matrix((values, tuple(at)), (len(rows),) * 2), right, rows
 
 
 def paste(fg: np.ndarray, bg: np.ndarray, inside: np.ndarray, mode: str) -> np.ndarray:
@@ -263,7 +288,7 @@ def photographs() -> dict[str, Tensor]:
     return {name: torch.tensor(image).permute(2, 0, 1).float() / 255 for name, image in made.items()}
 
 
-def room(seed: int, things: int, photos: dict[str, Tensor], side: int = SIDE) -> tuple[Scene, list[int]]:
+def room(seed: int, things: int, photos: dict[str, Tensor], side: int = SIDE) -> tuple[World, list[int]]:
     """A floor, a wall and things on the floor under a light of some direction; and which of `THINGS` they are."""
     rng = np.random.default_rng(seed)
 
@@ -300,7 +325,7 @@ def room(seed: int, things: int, photos: dict[str, Tensor], side: int = SIDE) ->
     view = torch.linalg.inv(at)
     light = (between(-0.8, 0.8), -1.0, between(-0.9, -0.2))
     size = (side, side)
-    scene = Scene(tuple(shapes), Camera.of(size), size, torch.stack([view, view]), light, between(0.2, 0.5))
+    scene = World(tuple(shapes), Camera.of(size), size, torch.stack([view, view]), light, between(0.2, 0.5))
     return scene, numbers
 
 
