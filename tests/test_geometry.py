@@ -104,12 +104,13 @@ def test_least_squares_refine_the_best_trial():
     assert refined < 0.2 * degrees(raw)
 
 
-def test_regions_have_their_own_planes():
+@pytest.mark.parametrize("reach", [None, 20])
+def test_regions_have_their_own_planes(reach):
     regions = torch.full(SIZE, -1)
     regions[:, :25], regions[:, 25:50], regions[:20, 55:] = 0, 3, 1
     second = torch.nn.functional.normalize(torch.tensor([-0.4, 0.2, -1.0], dtype=torch.float64), dim=0)
     depth = torch.where(regions == 3, plane_depth(second, 3.0, CAMERA, SIZE), plane(0.005)[0])
-    fit = fit_planes(depth, CAMERA, regions)
+    fit = fit_planes(depth, CAMERA, regions, reach=reach, trials=64)
     assert fit.normal.shape == (4, 3)
     assert degrees(fit.normal[0]) < 0.3 and degrees(fit.normal[1]) < 0.6
     assert degrees(fit.normal[3], second) < 1e-6
@@ -281,6 +282,13 @@ def test_supports_are_the_level_surfaces():
         both = (torch.from_numpy(support.mask) & top).sum() / (torch.from_numpy(support.mask) | top).sum()
         # Seen: 0.993 and 0.938; the rest is where corners are rounded off, the foot of the wall and the table's edge.
         assert both > 0.9
+
+
+def test_rows_of_a_wall_are_no_support():
+    """With a threshold as large as a few of its rows, they lie on a level plane too."""
+    scene = room()
+    surfaces = SupportSurfaces(render_scene(scene).depth, scene.camera, gravity=scene.gravity(), threshold=0.1)
+    assert len(surfaces.supports) == 2
 
 
 def test_supports_under_noise():

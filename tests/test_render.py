@@ -111,8 +111,9 @@ def test_the_nearest_is_seen():
     assert torch.equal(one.instance, 1 - other.instance)
     assert set(one.semantic.flatten().tolist()) == {1, 7}
     assert torch.equal(one.depth == 2, one.semantic == 7)
-    behind = render_scene(scene_of(shape("box", (1, 1, 1), pose((0, 0, -3.0)))))
-    assert behind.depth.isinf().all()
+    for kind in ("box", "ellipsoid"):
+        for z, size in ((-3.0, 1.0), (0.1, 2.0)):  # behind the camera, and around it
+            assert render_scene(scene_of(shape(kind, (size,) * 3, pose((0, 0, z))))).depth.isinf().all()
 
 
 # --- materials --------------------------------------------------------------------------------------------------------
@@ -253,18 +254,18 @@ def test_what_flow_joins_looks_alike(seed, frame):
     one, other = (render_scene(scene, f) for f in (frame, 1 - frame))
     nearest = at_flow(other.instance[None].float() + 1, one.flow, "nearest")[0] - 1
     agree = (nearest == one.instance)[one.seen].double().mean()
-    # Seen: 0.993 to 0.998; the rest are pixels cut by an outline. Of hidden points half are another shape.
+    # Seen: 0.993 to 0.996; the rest are pixels cut by an outline. Of hidden points, 0.05 to 0.11.
     assert agree > 0.985
     inside = at_flow(torch.ones(1, 120, 160), one.flow)[0] > 0.999
     hidden = ~one.seen & inside
-    assert (nearest == one.instance)[hidden].double().mean() < 0.6
+    assert (nearest == one.instance)[hidden].double().mean() < 0.3
     still = random_scene(seed, (120, 160), motion="camera")
     first, second = (render_scene(still, f, antialias=2) for f in (frame, 1 - frame))
     difference = (at_flow(second.image, first.flow) - first.image).abs().mean(0)
     plain = (second.image - first.image).abs().mean(0)
-    # Seen: 0.006 to 0.009, without the flow 0.04 to 0.06; interpolation blurs edges.
-    assert difference[first.seen].mean() < 0.3 * plain[first.seen].mean()
-    assert difference[first.seen].median() < 1e-3
+    # Seen: 0.003 to 0.007, 0.22 to 0.25 of what it is without the flow; interpolation blurs edges. The median is 5e-9.
+    assert difference[first.seen].mean() < 0.35 * plain[first.seen].mean()
+    assert difference[first.seen].median() < 1e-6
 
 
 def test_flow_there_and_back():
@@ -272,8 +273,8 @@ def test_flow_there_and_back():
     there, back = (render_scene(scene, f, dtype=torch.float64) for f in (0, 1))
     same = at_flow(back.instance[None].double() + 1, there.flow, "nearest")[0] - 1 == there.instance
     returned = (at_flow(back.flow, there.flow) + there.flow).norm(dim=0)
-    # Seen: median 0.003 pixels; flow is interpolated between pixels.
-    assert returned[there.seen & same].median() < 0.02
+    # Seen: 8e-5 pixels; flow is interpolated between pixels.
+    assert returned[there.seen & same].median() < 1e-3
 
 
 # --- random scenes ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 
 LEAST_INLIERS = 3
 REFINEMENTS = 8  # of least squares at most, each with the weights of the one before
+DRAWS = 4  # of a pixel within reach that is of the same region
 DEFAULT_THRESHOLD = 0.01  # of the region's median depth or disparity
 FLAT = 1e-9  # three of four points are on a line if their triangle is smaller, in units of the four's size
 CHUNK = 2**22  # distances computed at a time: 32 MB
@@ -93,7 +94,7 @@ def fit_planes(
     baseline: float | None = None,
     trials: int = 128,
     threshold: float | None = None,
-    points: int = 1024,
+    points: int = 512,
     reach: int | None = None,
     along: Tensor | None = None,
     angle: float = 15.0,
@@ -226,8 +227,9 @@ class _Search:
             if axis is not None:
                 plane[~(self._cosine(plane, axis) >= cosine)] = math.nan
             sample = self.q.view(-1, 3)[self._draw(part, (points,), generator)]  # [r, S, 3]
-            residual = torch.baddbmm(plane[..., 3:], plane[..., :3], sample.mT)  # [r, T, S]
-            cost = (residual / self.threshold[part, None, None]).square_().clamp_(max=1).sum(-1)
+            scaled = plane / self.threshold[part, None, None]
+            residual = torch.baddbmm(scaled[..., 3:], scaled[..., :3], sample.mT)  # [r, T, S]
+            cost = residual.square_().clamp_(max=1).sum(-1)
             chosen = cost.nan_to_num(math.inf).argmin(1)  # [r]
             best[part] = plane[torch.arange(len(part)), chosen]
         return best
@@ -239,15 +241,19 @@ class _Search:
         return self.pixels[first + (uniform * size).long()]
 
     def _near(self, at: Tensor, part: Tensor, reach: int | None, generator: torch.Generator) -> Tensor:
-        """A pixel of the same region for each of `at` [r, T]; -1 if the one that was drawn is of another."""
+        """A pixel of the same region for each of `at` [r, T]; -1 if those that were drawn are of others."""
         if reach is None:
             return self._draw(part, at.shape[1:], generator)
         height, width = self.labels.shape
-        step = torch.randint(-reach, reach + 1, (2, *at.shape), generator=generator)
-        y, x = at // width + step[0], at % width + step[1]
-        other = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        return torch.where(inside & (self.labels.flatten()[other] == part[:, None]), other, -1)
+        found = torch.full_like(at, -1)
+        for _ in range(DRAWS):
+            step = torch.randint(-reach, reach + 1, (2, *at.shape), generator=generator)
+            y, x = at // width + step[0], at % width + step[1]
+            other = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            own = inside & (self.labels.flatten()[other] == part[:, None])
+            found = torch.where(own & (found < 0), other, found)
+        return found
 
     def _through(self, q: Tensor) -> Tensor:
         """Planes through three points each, [..., 3, 3] -> [..., 4]; NaN where these lie on a line."""

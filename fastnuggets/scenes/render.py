@@ -78,8 +78,8 @@ def render_scene(
 ) -> Rendering:
     """Casts a ray through every pixel of a frame of `world`.
 
-    Light comes from one direction and falls on surfaces that scatter it alike to all sides. What the flow joins has
-    therefore one albedo, and if only the camera moves one colour; a shape that moves changes its shading and its shadow.
+    Light comes from one direction and falls on surfaces that scatter it alike to all sides. So what the flow joins has
+    one albedo, and if only the camera moves one colour; a shape that moves changes its shading and where its shadow is.
 
     Args:
         frame: 0 or 1; the flow leads to the other one.
@@ -186,12 +186,12 @@ def _meet(shape: Shape, origin: Tensor, direction: Tensor) -> Tensor:
     size = direction.new_tensor(shape.size)[:, None]
     if shape.kind == "ellipsoid":
         o, d = origin / size, direction / size
-        a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - 1
+        a, b = (d * d).sum(0), (o * d).sum(0)
         # By the point of the ray that is nearest to the centre; b^2 - a c loses the digits of a far shape.
         gap = o - (b / a) * d
         discriminant = a * (1 - (gap * gap).sum(0))
         t = (-b - discriminant.clamp(min=0).sqrt()) / a
-        return torch.where((discriminant > 0) & (t > 0) & (c > 0), t, math.inf)
+        return torch.where((discriminant > 0) & (t > 0), t, math.inf)
     if shape.kind == "box":
         one, other = (-size - origin) / direction, (size - origin) / direction
         near, far = torch.minimum(one, other).amax(0), torch.maximum(one, other).amin(0)

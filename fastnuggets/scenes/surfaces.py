@@ -250,7 +250,7 @@ def faces(
     """
     size = image.shape[:2]
     camera = Camera.of(size) if camera is None else camera
-    kept = [number for number in range(int(labels.max(initial=-1)) + 1) if _fit(image, labels == number, texture)]
+    kept = [number for number in _plain(image, labels, texture) if _full(labels == number)]
     if depth is None:
         found = [_face(image, labels == number, None, camera) for number in kept]
         return [face for face in found if face is not None]
@@ -266,19 +266,23 @@ def faces(
     return [face for face in found if face is not None]
 
 
-def _fit(image: Array, mask: Array, texture: float) -> bool:
-    """Whether a region is large, full and plain enough."""
+def _plain(image: Array, labels: Array, texture: float) -> list[int]:
+    """Regions that are large enough and hold no more texture than that."""
+    grey, count = image.mean(2), int(labels.max(initial=-1)) + 1
+    area, steps, pairs = np.bincount(labels[labels >= 0], minlength=count), np.zeros(count), np.zeros(count)
+    for axis in (0, 1):
+        one, other = np.delete(labels, -1, axis), np.delete(labels, 0, axis)
+        inside = (one == other) & (one >= 0)
+        steps += np.bincount(one[inside], np.abs(np.diff(grey, axis=axis))[inside], minlength=count)
+        pairs += np.bincount(one[inside], minlength=count)
+    return np.flatnonzero((area > LEAST_AREA) & (steps <= texture * pairs)).tolist()
+
+
+def _full(mask: Array) -> bool:
+    """Whether a region is wide enough, and fills its rectangle."""
     cv2 = need("cv2", "scenes")
-    area = int(mask.sum())
-    if area <= LEAST_AREA:
-        return False
-    (_, (width, height), _) = cv2.minAreaRect(np.argwhere(mask)[:, ::-1].astype(np.float32))
-    if min(width, height) < LEAST_SIDE or area < LEAST_FILL * width * height:
-        return False
-    grey = image.mean(2)
-    right, below = mask[:, 1:] & mask[:, :-1], mask[1:] & mask[:-1]
-    steps = np.concatenate([np.abs(np.diff(grey, axis=1))[right], np.abs(np.diff(grey, axis=0))[below]])
-    return bool(steps.mean() <= texture)
+    (_, (width, height), _) = cv2.minAreaRect(_outline(mask).numpy().astype(np.float32))
+    return bool(min(width, height) >= LEAST_SIDE and mask.sum() >= LEAST_FILL * width * height)
 
 
 def _face(image: Array, mask: Array, plane: tuple[Tensor, float] | None, camera: Camera) -> Face | None:

@@ -24,7 +24,7 @@ BLENDS = ("poisson", "alpha")
 FINENESS = 2  # glyphs are drawn this many times larger than they will be
 MARGIN, FEATHER = 3, 2  # pixels around what is drawn that may change, and by which it is blurred at most
 LEAST_CHARACTER, ASPECT_CHANGES = 8.0, (0.4, 2.5)  # height in pixels; how the plane may change height over width
-SHRINKS, SHRINK = 5, 0.9
+TRIALS, SHRINK = 12, 0.8  # to find a place, first with fewer words and then with smaller ones
 LARGEST = 0.6  # a font's size over the free part of a face, the lesser of its median width and height
 COLOURS = 32  # that are drawn before black or white is taken
 FADING = 1.5  # a colour's contrast is chosen so much larger than what must be left of it
@@ -163,21 +163,25 @@ class TextPainter:
 
     def _write(self, page: _Page, face: Face, rng: np.random.Generator) -> bool:
         """One block of text; whether there was a place where it can be read."""
-        free = face.seen(face.mask & ~page.domain)
+        free = face.seen(face.mask & ~page.taken)
         style = self._style(face, free, rng)
         lines = [int(rng.integers(1, 4)) for _ in range(rng.integers(1, self.lines + 1))]  # words in each
         start = int(rng.integers(len(self.words)))
         size = style.size
-        for _ in range(SHRINKS):
+        for _ in range(TRIALS):
             if size < self.height[0]:
                 return False
             block = _block(self.words, start, lines, style.font, round(size * FINENESS), style.align)
-            at = None if block is None else _place(free, block.ink.shape, style.reach, rng)
-            if block is not None and at is not None:
-                drawn = _Drawn.of(block, face, at, page.image.shape[:2], style.reach)
-                return drawn is not None and self._blend(page, drawn, face, style, rng)
-            size *= SHRINK
-            lines = lines[: max(1, len(lines) - 1)] if len(lines) > 1 else [max(1, lines[0] - 1)]
+            if block is None:
+                return False
+            at = _place(free, block.ink.shape, style.reach, rng)
+            drawn = None if at is None else _Drawn.of(block, face, at, page.image.shape[:2], style.reach)
+            if drawn is not None:
+                return self._blend(page, drawn, face, style, rng)
+            if sum(lines) > 1:
+                lines = lines[:-1] if len(lines) > 1 else [lines[0] - 1]
+            else:
+                size *= SHRINK
         return False
 
     def _style(self, face: Face, free: Array, rng: np.random.Generator) -> _Style:
@@ -216,7 +220,7 @@ class TextPainter:
         opacity = drawn.feathered(rng) * style.opacity
         domain = _domain(drawn, opacity, style)
         window = drawn.window
-        if (domain & page.domain[window]).any():
+        if (domain & page.taken[window]).any():
             return False
         under = page.image[window]
         for result in self._attempts(under / 255, drawn, opacity, domain, around, style):
@@ -236,7 +240,7 @@ class TextPainter:
             stronger = around + STRONGER * (layer - around)
             for front, guidance in ((layer, "mixed"), (stronger, "mixed"), (layer + under, "import")):
                 result = _poisson(under, front, domain, guidance)
-                if _survival(layer, result, domain) >= LEAST_SURVIVAL:
+                if _survival(layer, result) >= LEAST_SURVIVAL:
                     yield result
         yield _painted(under, drawn, opacity, style)
 
@@ -491,6 +495,7 @@ class _Page:
         self.mask = np.zeros(image.shape[:2], np.uint8)
         self.ids = np.full(image.shape[:2], -1, np.int32)
         self.domain = np.zeros(image.shape[:2], bool)
+        self.taken = np.zeros(image.shape[:2], bool)  # the domain, and what lies between the letters of a word
         self.drawn: list[tuple[_Drawn, Array]] = []
 
     def add(self, drawn: _Drawn, opacity: Array, domain: Array, levels: Array, contrast: Array) -> None:
@@ -502,6 +507,7 @@ class _Page:
         ids = drawn.ids()
         self.ids[window] = np.where(ids >= 0, ids + before, self.ids[window])
         self.domain[window] |= domain
+        self.taken[window] |= domain | (drawn.label >= 0)
         self.drawn.append((drawn, contrast))
 
     def result(self) -> PaintedText:
@@ -558,7 +564,7 @@ def _poisson(under: Array, front: Array, domain: Array, guidance: str) -> Array:
     return result.numpy().transpose(1, 2, 0)
 
 
-def _survival(layer: Array, result: Array, domain: Array) -> float:
+def _survival(layer: Array, result: Array) -> float:
     """Share of the text's gradients of which half is left, along x or along y, whichever has less."""
     shares = [1.0]
     for axis in (0, 1):
