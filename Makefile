@@ -70,9 +70,10 @@ $(BUILT): $(ENV) $(SOURCES)
 	$(call RUN,.venv) pip install --quiet --no-build-isolation --editable '.[$(notdir $@)]'
 	touch $@
 
-# These would bring a torchvision, and that another torch; what is measured of them needs neither.
+# These would bring a torchvision, and that another torch, or a compiler; what is measured of them needs neither.
 .venv/peers: .venv/bench
-	$(call RUN,.venv) pip install --quiet --no-deps timm==1.0.31 bayesian-torch==0.5.0 blitz-bayesian-pytorch==0.2.8
+	$(call RUN,.venv) pip install --quiet --no-deps timm==1.0.31 bayesian-torch==0.5.0 blitz-bayesian-pytorch==0.2.8 \
+		fpie==0.3.4
 	touch $@
 
 $(CUDA_ENV):
