@@ -387,3 +387,19 @@ def test_faces_are_large_plain_and_flat():
     assert found[0].size == (50, 80)
     np.testing.assert_allclose(found[0].to_image, [[1, 0, 10], [0, 1, 10], [0, 0, 1]], atol=1e-6)
     assert found[0].seen(found[0].mask).all()
+
+
+def test_a_face_ends_where_its_plane_does():
+    """One region over an edge between two planes: the view is of the larger side, and of nothing else."""
+    image, labels = np.full((120, 200, 3), 90, np.uint8), np.zeros((120, 200), int)
+    camera = Camera.of((120, 200))
+    sides = [
+        torch.nn.functional.normalize(torch.tensor([x, 0.0, -1.0], dtype=torch.float64), dim=0) for x in (-0.4, 0.6)
+    ]
+    front, side = (plane_depth(normal, 3 * float(-normal[2]), camera, (120, 200)) for normal in sides)
+    column = torch.arange(200) < 120  # they meet on the axis; the edge is moved so that one is larger
+    noise = 1 + 0.002 * torch.randn(120, 200, generator=torch.Generator().manual_seed(0))
+    found = faces(image, labels, depth=torch.where(column, front, side) * noise, camera=camera)
+    assert len(found) == 1
+    assert found[0].mask[:, :95].mean() > 0.99
+    assert found[0].mask[:, 130:].mean() < 0.01

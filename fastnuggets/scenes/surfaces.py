@@ -258,11 +258,14 @@ def faces(
     names[kept] = np.arange(len(kept))
     regions = torch.from_numpy(names[labels.clip(-1)])
     planes = fit_planes(torch.as_tensor(depth), camera, regions, disparity=disparity, seed=seed)
+    cv2 = need("cv2", "scenes")
+    # Of a region that goes round an edge, the part in the plane; noise makes holes of single pixels in it.
+    flat = cv2.morphologyEx(planes.mask.numpy().astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)) > 0
     found = []
     for r, number in enumerate(kept):
         if r < len(planes.share) and planes.share[r] >= LEAST_SHARE and planes.normal[r, 2] < -LEAST_SLOPE:
             plane = (planes.normal[r], float(planes.distance[r]))
-            found.append(_face(image, labels == number, plane, camera))
+            found.append(_face(image, (labels == number) & flat, plane, camera))
     return [face for face in found if face is not None]
 
 
