@@ -128,13 +128,13 @@ def test_what_is_done_is_not_made_again(monkeypatch, capsys):
     made = []
     write = writing.CocoWriter.append
 
-    def fail_after_five(self, record):
+    def fail(self, record):
         write(self, record)
         made.append(record["scene"])
-        if len(made) == 5:
+        if len(made) in (5, 8):
             raise OSError(28, "No space left on device", "x.jpg")
 
-    monkeypatch.setattr(writing.CocoWriter, "append", fail_after_five)
+    monkeypatch.setattr(writing.CocoWriter, "append", fail)
     assert compose() == cli.FAILED
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "fastnuggets: error: the disk is full: x.jpg"
@@ -143,9 +143,11 @@ def test_what_is_done_is_not_made_again(monkeypatch, capsys):
     next(Path("out.partial/images").glob("000001*")).write_bytes(b"")
     with open("out.partial/records.jsonl", "ab") as file:
         file.write(b'{"scene": 9, "fil')
-    Path("out.partial/images/.000007.jpg.tmp").write_bytes(b"half")
-    assert compose() == cli.OK
+    Path("out.partial/images/.000003.jpg.tmp").write_bytes(b"half")
+    assert compose() == cli.FAILED
     assert "going on from out.partial: 4 scenes are done" in capsys.readouterr().err
+    assert compose() == cli.OK
+    assert "going on from out.partial: 7 scenes are done" in capsys.readouterr().err
     assert sorted(made) == sorted([*range(12), 1])
     assert digest("out") == digest("whole")
     assert not Path("out.partial").exists()
@@ -167,6 +169,14 @@ def test_other_settings_do_not_go_on(monkeypatch, capsys):
     Path("objects/cup/new.png").write_bytes(Path("objects/cup/01.png").read_bytes())
     assert compose() == cli.FAILED
     assert "cutouts was" in capsys.readouterr().err
+    os.rename("objects/cup/new.png", "objects/cup/renamed.png")
+    Path("objects/cup/11.png").unlink()
+    assert compose() == cli.FAILED
+    assert "cutouts was" in capsys.readouterr().err
+    os.rename("objects/cup/renamed.png", "objects/cup/11.png")
+    Path("rooms/0.png").write_bytes(Path("rooms/3.png").read_bytes())
+    assert compose() == cli.FAILED
+    assert "backgrounds was" in capsys.readouterr().err
     assert compose("--seed", 3, "--restart") == cli.OK
     assert compose("--seed", 3) == cli.FAILED
     assert "the output exists already: out" in capsys.readouterr().err

@@ -245,6 +245,7 @@ def test_scene_k_follows_from_seed_and_k_alone(name, pieces, rooms):
         assert same(made[k], other.scene(k))
     assert not same(made[0], made[1])
     assert not same(made[0], composer(pieces, rooms, recipe, seed=6).scene(0))
+    assert not same(made[1], composer(pieces, rooms, recipe, seed=6).scene(0)), "not of their sum"
     assert made[0].image.shape == (*SIZE, 3)
     assert made[0].image.dtype == np.uint8
 
@@ -336,6 +337,14 @@ def test_labels_of_a_scene_made_by_hand():
     assert all((one.box, one.visibility, one.truncation) == (None, 0.0, 1.0) for one in nowhere)
     assert labels.semantic()[5, 4] == 2
     assert [one.name for one in labels.instances] == ["half out", "below", "on top"]
+
+
+def test_an_object_is_where_its_mask_is_one_half():
+    mask = np.array([[0, 1, 127, 128, 255]], np.uint8)
+    one = Placed(np.zeros((1, 5, 3), np.uint8), mask, 0, 0, "a", "soft")
+    ids = np.full((3, 8), -1, np.int16)
+    paint(ids, one, 0)
+    assert make_labels([one], ids, ("a",)).everything[0].box == (3, 0, 2, 1)
 
 
 def test_limits_are_kept(pieces, rooms):
@@ -465,6 +474,33 @@ def test_compatible_scenes_are_pasted_as_pillow_and_opencv_do(pieces, rooms):
             assert difference.max() <= 2
 
 
+@pytest.mark.parametrize("compatible", [False, True])
+def test_the_compatible_poisson_leaves_the_border_of_the_box(compatible, pieces, rooms):
+    recipe = SMALL.but(level="box", objects=(1, 1), max_truncation=0.0, scale_of="cutout", angle=(0.0, 0.0))
+    scene = composer(pieces, rooms, recipe.but(blend=("poisson",), compatible=compatible)).scene(1)
+    one = scene.placed[0]
+    h, w = one.mask.shape
+    changed = (scene.image != scene.background).any(2)[one.y : one.y + h, one.x : one.x + w]
+    assert changed[1:-1, 1:-1].mean() > 0.8
+    border = np.ones((h, w), bool)
+    border[1:-1, 1:-1] = False
+    assert changed[border].mean() == 0 if compatible else changed[border].mean() > 0.5
+
+
+def test_motion_blur_of_a_scene_is_that_of_its_definition(rooms):
+    convolve = pytest.importorskip("scipy.signal").convolve2d
+    for k in range(12):
+        motion = scenes.Motion.draw(np.random.default_rng(k))
+        kernel = ops.motion_kernel(*motion).numpy()
+        image = torch.from_numpy(rooms[1])
+        made = blending._blurred(image, motion, scenes.preset("dwibedi2017-compatible")).numpy()
+        channels = [convolve(rooms[1][..., c], kernel, mode="same", fillvalue=255.0) for c in range(3)]
+        assert np.array_equal(made, np.stack(channels, 2).astype(np.uint8))
+        made = blending._blurred(image, motion, scenes.preset("dwibedi2017")).numpy()
+        flipped = np.ascontiguousarray(kernel[::-1, ::-1])
+        assert np.abs(made.astype(int) - cv2.filter2D(rooms[1], -1, flipped)).max() <= 1  # ties
+
+
 def test_the_compatible_overlap_is_of_the_earlier_box(pieces, rooms):
     from fastnuggets.scenes.composer import _Layout
 
@@ -510,6 +546,10 @@ def test_a_turn_by_a_right_angle_is_exact(pieces):
         assert np.array_equal(turned.mask, np.rot90(piece.mask, quarter))
         opaque = turned.mask == 255
         assert np.abs(turned.image.astype(int) - np.rot90(piece.image, quarter))[opaque].max() <= 1
+    wedge = np.tril(np.full((20, 20), 255, np.uint8))
+    flipped = transform(Form(np.dstack([wedge] * 3), wedge), 1.0, 0.0, True, False)
+    assert np.array_equal(flipped.mask, wedge[:, ::-1])
+    assert np.array_equal(flipped.image[..., 0], wedge[:, ::-1])
     half = transform(Form(piece.image, piece.mask), 0.5, 0.0, True, False)
     assert half.mask.shape == (20, 20)
     assert set(np.unique(half.mask)) == {0, 255}
@@ -697,6 +737,19 @@ def test_random_paste_says_what_it_did(dtype):
     assert again.masks is None
     assert torch.equal(layer.eval()(images).images, images)
     assert (layer(images).ids == -1).all()
+
+
+def test_random_paste_keeps_objects_inside_as_far_as_is_said():
+    def least(truncation):
+        layer = nn.RandomPaste(pool(), count=(1, 1), truncation=truncation, scale=(1.0, 1.0), angle=0.0)
+        made = layer(torch.zeros(64, 3, 40, 40))
+        whole = layer.sizes[made.objects, 1:].prod(1)
+        return ((made.ids >= 0).flatten(1).sum(1) / whole).min()
+
+    torch.manual_seed(0)
+    assert least(0.0) > 0.85, "a line may be lost to the half pixels"
+    assert 0.45 < least(0.25) < 0.8, "three quarters of the height and of the width are left"
+    assert least(1.0) < 0.3
 
 
 def test_random_paste_lets_gradients_through():
