@@ -235,16 +235,25 @@ struct MixRow {
   }
 };
 
-// The gradient of u replaces that of the result; `by_alpha` is for each value, of all channels.
+// From the derivative by the result; that by u may replace it. `by_alpha` is for each value, of all channels.
 template <class R, Mix mix>
 struct SlopeRow {
-  FN_BODY void operator()(R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, Index n) const {
+  FN_BODY void operator()(const R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, R* by_u,
+                          Index n) const {
+    if (add)
+      each<true>(g, f, a, u, by_f, by_alpha, by_u, n);
+    else
+      each<false>(g, f, a, u, by_f, by_alpha, by_u, n);
+  }
+  template <bool add>
+  FN_BODY static void each(const R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, R* by_u, Index n) {
 #pragma omp simd
     for (Index i = 0; i < n; ++i) {
       const Slopes<R> s = slopes<mix, R>(f[i], a[i], u[i]);
-      by_f[i] = g[i] * s.f;
-      by_alpha[i] = g[i] * s.a + (add ? by_alpha[i] : R(0));
-      g[i] *= s.u;
+      const R given = g[i];
+      by_f[i] = given * s.f;
+      by_alpha[i] = given * s.a + (add ? by_alpha[i] : R(0));
+      by_u[i] = given * s.u;
     }
   }
 };
@@ -790,50 +799,79 @@ class Gradients {
   }
 };
 
-// One object in a band of the backward pass, and what of it the current row needs.
+// A row's values, of each plane.
+template <class T>
+struct Planes {
+  T* first;
+  Index stride;
+  T* operator[](Index plane) const { return first + plane * stride; }
+};
+
+// One object in a band of the backward pass, and what of it the current row needs: where it is, if it is there.
 template <class S>
 struct Layer {
   using R = Real<S>;
   const Placed* o;
   Index n;
   Blurred<R, MaskSource<S>> blurred;
-  std::vector<R> colours, alpha, repeated, under;
-  const R* row_alpha = nullptr;
+  std::vector<R> colour_room, alpha_room, repeated, under_room;
+  Planes<const R> colours{}, under{};
+  const R* alpha = nullptr;
 
   Layer(const Composite& how, const Placed& placed, Index number)
       : o(&placed), n(number), blurred(how, placed, {&how, &placed}) {}
 
-  // `image` is the row of the image that lies under the object, all of it; the object is then drawn on it.
-  void draw(const Composite& how, const Layout& layout, Index y, S* image) {
-    const Index width = o->seen.width(), x = o->seen.x0, length = width * layout.step, stride = how.W * layout.step;
-    alpha.resize(std::size_t(width));
-    colours.resize(std::size_t(width * how.C));
-    under.resize(colours.size());
+  bool is_on(Index y) const { return o->seen.y0 <= y && y < o->seen.y1; }
+
+  // `image` is the row of the image that lies under the object; if `draws` the object is drawn on it.
+  void read(const Composite& how, const Layout& layout, Index y, Planes<S> image, bool draws) {
+    const Index width = o->seen.width(), x = o->seen.x0, length = width * layout.step;
+    const bool in_place = std::is_same_v<S, R> && is_copied(how);
+    const Index row = y - o->top, column = x - o->left;
+    alpha_room.resize(std::size_t(width));
+    const R* shares = alpha_room.data();
     if (how.feather.radius > 0)
-      blurred.row(y, alpha.data());
+      blurred.row(y, alpha_room.data());
+    else if (in_place)
+      shares = at<R>(how.mask, o->first + row * o->w + column);
     else
-      read_mask<S>(how, *o, y, x, width, alpha.data());
-    row_alpha = for_channels(layout, static_cast<const R*>(alpha.data()), width, repeated);
-    read_colours<S>(how, *o, y, x, width, colours.data());
-    for (Index c = 0; c < layout.planes; ++c) {
-      S* const u = image + c * stride + x * layout.step;
-      vectorised(Widen<S>(), static_cast<const S*>(u), under.data() + c * length, length);
-      mix_row<S>(how.mix, colours.data() + c * length, row_alpha, u, u, length);
+      read_mask<S>(how, *o, y, x, width, alpha_room.data());
+    alpha = for_channels(layout, shares, width, repeated);
+    if (in_place) {
+      colours = {at<R>(how.pixels, layout.object(*o, how.C, 0, row, column)), o->h * o->w};
+    } else {
+      colour_room.resize(std::size_t(width * how.C));
+      read_colours<S>(how, *o, y, x, width, colour_room.data());
+      colours = {colour_room.data(), length};
     }
+    const Planes<S> below{image.first + x * layout.step, image.stride};
+    under = keep(below, layout.planes, length, draws);
+    for (Index c = 0; c < layout.planes && draws; ++c)
+      mix_row<S>(how.mix, colours[c], alpha, below[c], below[c], length);
+  }
+
+  Planes<const R> keep(Planes<S> below, Index planes, Index length, bool changes) {
+    if constexpr (std::is_same_v<S, R>)
+      if (!changes) return {below.first, below.stride};
+    under_room.resize(std::size_t(planes * length));
+    for (Index c = 0; c < planes; ++c)
+      vectorised(Widen<S>(), static_cast<const S*>(below[c]), under_room.data() + c * length, length);
+    return {under_room.data(), length};
   }
 };
 
 template <class R>
-void slope_row(Mix mix, R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, Index n) {
+void slope_row(Mix mix, const R* g, const R* f, const R* a, const R* u, R* by_f, R* by_alpha, bool add, R* by_u,
+               Index n) {
   switch (mix) {
     case Mix::over:
-      return vectorised(SlopeRow<R, Mix::over>(), g, f, a, u, by_f, by_alpha, add, n);
+      return vectorised(SlopeRow<R, Mix::over>(), g, f, a, u, by_f, by_alpha, add, by_u, n);
     case Mix::difference:
-      return vectorised(SlopeRow<R, Mix::difference>(), g, f, a, u, by_f, by_alpha, add, n);
+      return vectorised(SlopeRow<R, Mix::difference>(), g, f, a, u, by_f, by_alpha, add, by_u, n);
     case Mix::over_premultiplied:
-      return vectorised(SlopeRow<R, Mix::over_premultiplied>(), g, f, a, u, by_f, by_alpha, add, n);
+      return vectorised(SlopeRow<R, Mix::over_premultiplied>(), g, f, a, u, by_f, by_alpha, add, by_u, n);
     case Mix::difference_premultiplied:
-      return vectorised(SlopeRow<R, Mix::difference_premultiplied>(), g, f, a, u, by_f, by_alpha, add, n);
+      return vectorised(SlopeRow<R, Mix::difference_premultiplied>(), g, f, a, u, by_f, by_alpha, add, by_u, n);
   }
 }
 
@@ -843,64 +881,83 @@ class BandBackward {
  public:
   using R = Real<S>;
 
-  BandBackward(const CompositeBackward& how, const Gradients<S>& gradients) : how_(how), gradients_(gradients) {}
+  BandBackward(const CompositeBackward& how, const Gradients<S>& gradients)
+      : how_(how), f_(how.forward), layout_(how.forward), gradients_(gradients) {}
 
   void run(const std::vector<Placed>& all, Index b, Index from, Index to) {
-    const Composite& f = how_.forward;
-    std::vector<Layer<S>> layers;
-    const Index begin = begin_of(f, b), end = begin_of(f, b + 1);
-    layers.reserve(std::size_t(end - begin));
+    const Index begin = begin_of(f_, b), end = begin_of(f_, b + 1);
+    layers_.reserve(std::size_t(end - begin));
     for (Index n = begin; n < end; ++n) {
       const Placed& o = all[std::size_t(n)];
-      if (!o.seen.empty() && o.seen.y0 < to && o.seen.y1 > from) layers.emplace_back(f, o, n);
+      if (!o.seen.empty() && o.seen.y0 < to && o.seen.y1 > from) layers_.emplace_back(f_, o, n);
     }
-    g_.resize(std::size_t(f.W * f.C));
+    g_.resize(std::size_t(f_.W * f_.C));
     image_.resize(g_.size());
-    for (Index y = from; y < to; ++y) row(layers, b, y);
+    for (Index y = from; y < to; ++y) row(b, y);
   }
 
  private:
+  static constexpr bool kSame = std::is_same_v<S, R>;
   const CompositeBackward& how_;
+  const Composite& f_;
+  Layout layout_;
   const Gradients<S>& gradients_;
+  std::vector<Layer<S>> layers_;
   std::vector<R> g_, by_colour_, by_alpha_;
   std::vector<S> image_;
 
-  void row(std::vector<Layer<S>>& layers, Index b, Index y) {
-    const Composite& f = how_.forward;
-    const Layout layout(f);
-    const Index stride = f.W * layout.step;
-    for (Index c = 0; c < layout.planes; ++c) {
-      const Index start = layout.image(f, b, c, y, 0);
-      vectorised(Widen<S>(), at<S>(how_.grad, start), g_.data() + c * stride, stride);
-      std::memcpy(image_.data() + c * stride, at<S>(f.background, start), std::size_t(stride) * sizeof(S));
-    }
-    const auto is_on = [&](const Layer<S>& layer) { return layer.o->seen.y0 <= y && y < layer.o->seen.y1; };
-    for (Layer<S>& layer : layers)
-      if (is_on(layer)) layer.draw(f, layout, y, image_.data());
-    for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer)
-      if (is_on(*layer)) through(*layer, layout, y);
-    if (how_.background == nullptr) return;
-    for (Index c = 0; c < layout.planes; ++c)
-      vectorised(Narrow<S>(), static_cast<const R*>(g_.data() + c * stride),
-                 at<S>(how_.background, layout.image(f, b, c, y, 0)), stride);
+  // The row of the image, in memory that is of the image's shape.
+  template <class T>
+  Planes<T> row_of(T* data, Index b, Index y) const {
+    return {data + layout_.image(f_, b, 0, y, 0), f_.H * f_.W * layout_.step};
   }
 
-  void through(const Layer<S>& layer, const Layout& layout, Index y) {
-    const Composite& f = how_.forward;
+  // One object that fills the row is passed through from the gradient to the result; else they are copied first.
+  void row(Index b, Index y) {
+    const Index length = f_.W * layout_.step;
+    const auto is_on = [&](const Layer<S>& layer) { return layer.is_on(y); };
+    const auto count = std::count_if(layers_.begin(), layers_.end(), is_on);
+    const Planes<const S> given = row_of(static_cast<const S*>(how_.grad), b, y);
+    Planes<R> g{g_.data(), length};
+    if constexpr (kSame)
+      if (how_.background != nullptr) g = row_of(static_cast<R*>(how_.background), b, y);
+    // Nothing writes to the background: what is drawn on is a copy.
+    Planes<S> image = row_of(static_cast<S*>(const_cast<void*>(f_.background)), b, y);
+    if (count > 1) {
+      for (Index c = 0; c < layout_.planes; ++c)
+        std::memcpy(image_.data() + c * length, image[c], std::size_t(length) * sizeof(S));
+      image = {image_.data(), length};
+    }
+    Planes<const R> g_in{g.first, g.stride};
+    const auto first = std::find_if(layers_.begin(), layers_.end(), is_on);
+    if (kSame && count == 1 && first->o->seen.width() == f_.W) {
+      if constexpr (kSame) g_in = given;
+    } else {
+      for (Index c = 0; c < layout_.planes; ++c) vectorised(Widen<S>(), given[c], g[c], length);
+    }
+    for (Layer<S>& layer : layers_)
+      if (is_on(layer)) layer.read(f_, layout_, y, image, count > 1);
+    for (auto layer = layers_.rbegin(); layer != layers_.rend(); ++layer)
+      if (is_on(*layer)) through(*layer, y, g_in, g);
+    if constexpr (!kSame)
+      for (Index c = 0; c < layout_.planes && how_.background != nullptr; ++c)
+        vectorised(Narrow<S>(), static_cast<const R*>(g[c]), row_of(static_cast<S*>(how_.background), b, y)[c], length);
+  }
+
+  void through(const Layer<S>& layer, Index y, Planes<const R> g, Planes<R> out) {
     const Placed& o = *layer.o;
-    const Index width = o.seen.width(), length = width * layout.step, stride = f.W * layout.step;
+    const Index width = o.seen.width(), length = width * layout_.step, x = o.seen.x0 * layout_.step;
     by_colour_.resize(std::size_t(length));
     by_alpha_.resize(std::size_t(length));
     R* const alpha_row = gradients_.alpha_row(o, layer.n, y);
-    R* const by_alpha = layout.step == 1 && alpha_row != nullptr ? alpha_row : by_alpha_.data();
-    for (Index c = 0; c < layout.planes; ++c) {
-      R* const colour_row = gradients_.colour_row(layout, o, layer.n, c, y);
-      slope_row<R>(f.mix, g_.data() + c * stride + o.seen.x0 * layout.step, layer.colours.data() + c * length,
-                   layer.row_alpha, layer.under.data() + c * length,
-                   colour_row != nullptr ? colour_row : by_colour_.data(), by_alpha, c > 0, length);
+    R* const by_alpha = layout_.step == 1 && alpha_row != nullptr ? alpha_row : by_alpha_.data();
+    for (Index c = 0; c < layout_.planes; ++c) {
+      R* const colour_row = gradients_.colour_row(layout_, o, layer.n, c, y);
+      slope_row<R>(f_.mix, g[c] + x, layer.colours[c], layer.alpha, layer.under[c],
+                   colour_row != nullptr ? colour_row : by_colour_.data(), by_alpha, c > 0, out[c] + x, length);
     }
-    if (layout.step > 1 && alpha_row != nullptr)
-      vectorised(SumRepeated<R>(), static_cast<const R*>(by_alpha_.data()), alpha_row, width, layout.step);
+    if (layout_.step > 1 && alpha_row != nullptr)
+      vectorised(SumRepeated<R>(), static_cast<const R*>(by_alpha_.data()), alpha_row, width, layout_.step);
   }
 };
 
@@ -938,11 +995,12 @@ class Unblurred {
     const Index start = o_.seen.x0 - radius_;
     std::copy_n(wide_.data() + within_.x0 - start, within_.width(), out);
     if (zero_) return;
-    for (Index i = 0; i < width_ + 2 * radius_; ++i) {
-      const Index x = start + i;
-      if (x >= within_.x0 && x < within_.x1) continue;
-      out[o_.box.x0 + mirrored(x - o_.box.x0, o_.box.width()) - within_.x0] += wide_[std::size_t(i)];
-    }
+    const auto fold = [&](Index from, Index end) {
+      for (Index x = from; x < end; ++x)
+        out[o_.box.x0 + mirrored(x - o_.box.x0, o_.box.width()) - within_.x0] += wide_[std::size_t(x - start)];
+    };
+    fold(start, within_.x0);
+    fold(within_.x1, start + width_ + 2 * radius_);
   }
 
  private:

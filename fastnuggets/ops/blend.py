@@ -260,7 +260,7 @@ def _where(
     if position is None:
         position = torch.zeros((count, 2), dtype=torch.int64, device=device)
     elif not isinstance(position, Tensor):
-        position = _to(torch.tensor(position).reshape(-1, 2) if count else torch.zeros(0, 2), device)
+        position = _to(_exact(position).reshape(-1, 2) if count else torch.zeros(0, 2), device)
     if position.shape != (count, 2):
         raise ValueError(f"position must be [N = {count}, 2], got {tuple(position.shape)}")
     if not moved and not position.is_floating_point():
@@ -291,8 +291,14 @@ def _matrices(
     return torch.stack([torch.stack(row, 1) for row in rows], 1)
 
 
+def _exact(values: Sequence[Sequence[float]] | Sequence[float] | float) -> Tensor:
+    """Integers as integers, other numbers in float64."""
+    made = torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64) if made.is_floating_point() else made
+
+
 def _each(name: str, value: Numbers | Sequence[bool], like: Tensor) -> Tensor:
-    values = _to(torch.as_tensor(value), like.device).to(torch.float64)
+    values = _to(value if isinstance(value, Tensor) else _exact(value), like.device).to(torch.float64)
     if values.dim() > 1 or values.numel() not in (1, like.numel()):
         raise ValueError(f"{name} must be one number or [N = {like.numel()}], got {tuple(values.shape)}")
     return values.expand_as(like)

@@ -48,7 +48,7 @@ def composite(
             crop = slice(y0 - box[0], y1 - box[0]), slice(x0 - box[1], x1 - box[1])
             hard = _sampled(mask[None], *where, nearest or matrix is None, clamped=False)[0]
             alpha = _blurred(hard, taps, zero_edge)[crop] if taps else hard[crop]
-            top = _sampled(colours, *where, nearest or matrix is None, clamped=not premultiplied)[(..., *crop)]
+            top = _sampled(colours, *where, nearest or matrix is None, clamped=not premultiplied)[:, crop[0], crop[1]]
             under = canvas[b][:, y0:y1, x0:x1]
             mixed = _mixed(top, alpha, under, difference, premultiplied)
             canvas[b] = canvas[b].clone()
