@@ -54,8 +54,9 @@ def poisson_blend(
         guidance: v_pq of an edge, per channel. ``"import"``: the object's difference. ``"mixed"``: the background's
             if it is larger in size, else the object's (ties, to a thousandth of a grey level, are the object's).
             ``"average"``: the mean of both.
-        domain: ``"mask"``; or ``"rectangle"``: the unknowns are the whole rectangle but its outermost pixels, as in
-            OpenCV's ``seamlessClone``, whose picture it gives to about half a grey level: see :func:`_rectangle`.
+        domain: ``"mask"``; or ``"rectangle"``: the unknowns are the mask's whole bounding rectangle but its outermost
+            pixels, as in OpenCV's ``seamlessClone``, whose picture it gives to within one grey level: see
+            :func:`_rectangle`.
         soft: the unknowns are all pixels whose mask is above 0, and an edge's guidance is w v + (1 - w) (the
             background's difference), w the mean of the mask at its two ends; differentiable in the mask.
         tolerance: largest error allowed, in grey levels (1/255 of full scale), as the solver estimates it from its last
@@ -229,7 +230,11 @@ def _rectangles(
             fg = pixels.view(h, w, -1).movedim(-1, 0) if last else pixels.view(-1, h, w)
             mask = objects.mask[first : first + h * w].view(h, w) >= (128 if whole else 0.5)
             height, width = results[b].shape[1:]
-            top, left, bottom, right = max(y, 0), max(x, 0), min(y + h, height), min(x + w, width)
+            rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            if not rows:
+                continue
+            top, bottom = max(y + rows[0], 0), min(y + rows[-1] + 1, height)
+            left, right = max(x + columns[0], 0), min(x + columns[-1] + 1, width)
             if bottom - top < 3 or right - left < 3:
                 continue
             inside = slice(top - y, bottom - y), slice(left - x, right - x)
@@ -253,10 +258,10 @@ def _rectangle(background: Tensor, fg: Tensor, mask: Tensor, guidance: str) -> T
 
     The unknowns are the rectangle without its outermost pixels, which keep the background. The guidance is the forward
     differences of the object where the mask, eroded by three pixels, is set, else the background's; mixed compares the
-    sizes of (difference in x - difference in y). The mask is to be cut to its bounding box, as OpenCV does.
+    sizes of (difference in x - difference in y).
     """
     h, w = background.shape[1:]
-    near = F.pad((~mask)[None, None].to(background.dtype), (3, 3, 3, 3))
+    near = F.pad((~mask)[None, None].to(background.dtype), (3, 3, 3, 3), value=1.0)
     inside = F.max_pool2d(near, 7, stride=1)[0] == 0
     bg_y, bg_x = _forward(background, 1), _forward(background, 2)
     fg_y, fg_x = _forward(fg, 1), _forward(fg, 2)
