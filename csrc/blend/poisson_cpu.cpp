@@ -19,11 +19,12 @@ struct Work {
   bool bare, closed;  // right side only at the border (poisson_math.h); the domain is the whole image
   int channels;
   Grid<T> grid;
-  Unknowns<T>* unknowns;  // [channels, levels]
-  T* scratch;             // [channels, Solver::scratch]
-  T* errors;              // [channels]
+  Unknowns<T> unknowns[kMaxLevels];  // of all channels
+  T* scratch;                        // [channels, Solver<T, 1>::scratch]
+  T* changes;                        // [channels, 2] corrections of the last two cycles
 
-  Unknowns<T>* of(int c) const { return unknowns + Index(c) * grid.levels; }
+  T* solution(int c) const { return unknowns[0].u + c * unknowns[0].step; }
+  T* right_side(int c) const { return unknowns[0].b + c * unknowns[0].step; }
 };
 
 // ---- the domain
@@ -58,17 +59,17 @@ void prepare(const Scene& s, Work<T>& work, Pool& pool) {
   find_domain<S>(s, work, pool);
   Grid<T>& grid = work.grid;
   build(grid, work.sides, pool);
-  work.unknowns = pool.take<Unknowns<T>>(Index(work.channels) * grid.levels);
-  for (int c = 0; c < work.channels; ++c)
-    for (int n = 0; n < grid.levels; ++n) {
-      const Level<T>& l = grid.level[n];
-      Unknowns<T>& x = work.of(c)[n];
-      x = {l.field(pool, true), l.field(pool, true)};
-      l.clear_outside(x.u);
-      l.clear_outside(x.b);
+  for (int n = 0; n < grid.levels; ++n) {
+    const Level<T>& l = grid.level[n];
+    Unknowns<T>& x = work.unknowns[n];
+    x = {l.field(pool, work.channels), l.field(pool, work.channels), l.field_size()};
+    for (int c = 0; c < work.channels; ++c) {
+      l.clear_around_runs(x.u + c * x.step);
+      if (n > 0) l.clear_outside_runs(x.b + c * x.step);  // that of level 0 is written whole
     }
-  work.scratch = pool.take<T>(work.channels * Solver<T>::scratch(grid));
-  work.errors = pool.take<T>(work.channels);
+  }
+  work.scratch = pool.take<T>(work.channels * Solver<T, 1>::scratch(grid));
+  work.changes = pool.take<T>(2 * work.channels);
 }
 
 // ---- rows of numbers, in columns' order, of all channels
@@ -234,7 +235,7 @@ void border_right_side(const Scene& s, const Work<T>& work, int first, int last)
   const Level<T>& l = work.grid.level[0];
   const Source<S> background = image_source<S>(s, p, s.background), object = object_source<S>(s, p);
   for (int c = 0; c < work.channels; ++c) {
-    T* const b = work.of(c)[0].b;
+    T* const b = work.right_side(c);
     std::memset(b + first * l.pitch - kLanes, 0, std::size_t((last - first) * l.pitch) * sizeof(T));
   }
   for (int i = first; i < last; ++i) {
@@ -254,7 +255,7 @@ void border_right_side(const Scene& s, const Work<T>& work, int first, int last)
           const S* const bg = background.start + to[d][0] * background.row + to[d][1] * background.column;
           const S* const fg = object.start + row * object.row + column * object.column;
           for (int c = 0; c < work.channels; ++c)
-            work.of(c)[0].b[l.at(i, j)] += T(bg[c * background.channel]) - T(fg[c * object.channel]);
+            work.right_side(c)[l.at(i, j)] += T(bg[c * background.channel]) - T(fg[c * object.channel]);
         }
       }
     }
@@ -267,6 +268,10 @@ struct PutRow {
   FN_BODY static void run(const Level<T>* l, int i, const T* from, T* field) {
     const std::uint8_t* const m = l->active.row(i);
     T* const to = field + i * l->pitch;
+    for (int h = 0; h < 2; ++h) {
+      std::fill_n(to + h * l->half - kLanes, kLanes, T(0));
+      std::fill_n(to + h * l->half + l->blocks * kLanes, 2 * kLanes, T(0));
+    }
     for (int k = 0; k < l->blocks * kLanes; k += kLanes) {
       const Halves<T> inside = halves<T>(m + 2 * k);
       alignas(64) T half[2][kLanes];
@@ -322,7 +327,7 @@ void right_side(const Scene& s, const Work<T>& work, int first, int last, T* row
         else
           run<EdgesRightSide<guidance, false>>(above, here, below, nx, sum);
       });
-      run<PutRow>(&work.grid.level[0], i, std::as_const(sum), work.of(c)[0].b);
+      run<PutRow>(&work.grid.level[0], i, std::as_const(sum), work.right_side(c));
     }
   }
 }
@@ -340,20 +345,49 @@ void subtract_mean(const Level<T>& l, T* field) {
     for (int j = 0; j < l.nx; ++j) field[l.at(i, j)] -= mean;
 }
 
-template <class T>
-void solve_channel(const Work<T>& work, int c, T tolerance, int max_cycles, bool relative) {
+// kC channels from c: the first cycles, or one more.
+template <int kC, class T>
+void solve_group(const Work<T>& work, int c, bool first) {
   const Level<T>& l = work.grid.level[0];
-  Unknowns<T>* const x = work.of(c);
-  if (work.closed) subtract_mean(l, x[0].b);
-  Solver<T> solver(work.grid, work.bare, x, work.scratch + c * Solver<T>::scratch(work.grid));
-  work.errors[c] = solver.solve(tolerance, max_cycles, relative);
-  if (work.closed) subtract_mean(l, x[0].u);
+  Unknowns<T> x[kMaxLevels];
+  for (int n = 0; n < work.grid.levels; ++n) {
+    const Unknowns<T>& all = work.unknowns[n];
+    x[n] = {all.u + c * all.step, all.b + c * all.step, all.step};
+  }
+  for (int k = 0; first && work.closed && k < kC; ++k) subtract_mean(l, work.right_side(c + k));
+  Solver<T, kC> solver(work.grid, work.bare, x, work.scratch + c * Solver<T, 1>::scratch(work.grid));
+  T changes[2 * kC];
+  if (first)
+    solver.start(changes);
+  else
+    solver.cycle(changes + kC);
+  for (int k = 0; k < kC; ++k) {
+    T* const to = work.changes + 2 * (c + k);
+    to[0] = first ? changes[k] : to[1];
+    to[1] = changes[kC + k];
+  }
+}
+// float64 is for tests of gradients: there channels go one by one.
+template <class T>
+constexpr int kTogether = std::is_same_v<T, double> ? 1 : 3;
+template <class T>
+void solve_channels(const Work<T>& work, int from, int to, bool first) {
+  while (from < to) {
+    const int count = std::min(to - from, kTogether<T>);
+    if constexpr (kTogether<T> == 3) {
+      if (count == 3) solve_group<3>(work, from, first);
+      if (count == 2) solve_group<2>(work, from, first);
+    }
+    if (count == 1) solve_group<1>(work, from, first);
+    from += count;
+  }
 }
 
 // Row i of the solution in columns' order.
 template <class T>
 void take_solution(const Work<T>& work, int c, int i, T* to) {
-  run<Spread>(&work.grid.level[0], static_cast<const Unknowns<T>*>(work.of(c)), i, to);
+  const Unknowns<T> x{work.solution(c), nullptr, 0};
+  run<Spread<1>>(&work.grid.level[0], &x, i, to, Index(0));
 }
 
 template <class S, class T>
@@ -430,7 +464,7 @@ void gradient_right_side(const BlendBackward& how, const Work<T>& work, int firs
   for (int i = first; i < last; ++i) {
     read_row(grad.start + i * grad.row, grad.channel, grad.column, work.channels, work.place.nx, row);
     for (int c = 0; c < work.channels; ++c)
-      run<PutRow>(&work.grid.level[0], i, static_cast<const T*>(row.of(c)), work.of(c)[0].b);
+      run<PutRow>(&work.grid.level[0], i, static_cast<const T*>(row.of(c)), work.right_side(c));
   }
 }
 
@@ -442,6 +476,8 @@ void read_solution_row(const Work<T>& work, int c, int i, T* to) {
   if (work.sides.south && i >= ny) i = ny - 1;
   if (i < 0 || i >= ny) return void(std::fill(to - 1, to + nx + 1, T(0)));
   take_solution(work, c, i, to);
+  const std::uint8_t* const inside = work.grid.level[0].active.row(i);
+  for (int j = 0; j < nx; ++j) to[j] = inside[j] ? to[j] : T(0);
   to[-1] = work.sides.west ? to[0] : T(0);
   to[nx] = work.sides.east ? to[nx - 1] : T(0);
 }
@@ -551,7 +587,7 @@ void gradients_beside(const BlendBackward& how, const Work<T>& work) {
     const T weight = s.soft ? T(0.5) * mask[p.object_pixel(i, j)] : T(1);
     for (int c = 0; c < work.channels; ++c) {
       const Index channel = c * to.channel;
-      const T x = work.of(c)[0].u[l.at(i, j)];
+      const T x = work.solution(c)[l.at(i, j)];
       const T bg = background.start[channel + out] - background.start[channel + at];
       const_cast<T*>(to.start)[channel + out] += x - x * edge_slopes(s.guidance, T(0), bg, weight).by_bg;
     }
@@ -612,7 +648,6 @@ class Object {
     if (!work_.place.legal || work_.place.ny == 0 || s.C == 0) return;
     work_.channels = int(s.C);
     work_.bare = s.guidance == Guidance::import && !s.soft;
-    work_.errors = nullptr;
     prepare<S>(s, work_, pool);
     ready_ = true;
   }
@@ -622,22 +657,23 @@ class Object {
     if (!ready_) return legal() ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     const T level_size = std::is_same_v<S, std::uint8_t> ? T(1) : T(1) / T(255);
     for_rows(pool, [&](int from, int to, T* rows) { right_side<S>(s_, work_, from, to, rows); });
-    solve(T(how.effort.tolerance) * level_size, how.effort.max_cycles, false);
+    const T error = solve(T(how.effort.tolerance) * level_size, how.effort.max_cycles, false);
     for_rows(pool, [&](int from, int to, T* rows) { write_rows<S>(s_, work_, how.image, from, to, rows); });
-    return float(worst() / level_size);
+    return float(error / level_size);
   }
 
   float backward(const BlendBackward& how, Pool& pool) {
     if (!ready_) return legal() ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     work_.bare = false;
+    T error = 0;
     if constexpr (std::is_floating_point_v<S>) {
       for_rows(pool, [&](int from, int to, T* rows) { gradient_right_side<S>(how, work_, from, to, rows); });
-      solve(T(how.effort.tolerance) / T(255), how.effort.max_cycles, true);
+      error = solve(T(how.effort.tolerance) / T(255), how.effort.max_cycles, true);
       for_rows(pool, [&](int from, int to, T* rows) { gradients(how, work_, from, to, rows); });
       gradients_beside(how, work_);
       if (work_.closed && how.grad_pixels != nullptr) gradient_of_mean(how, work_);
     }
-    return float(worst() * T(255));
+    return float(error * T(255));
   }
 
  private:
@@ -659,15 +695,33 @@ class Object {
   T* rows_ = nullptr;
   Index bands_ = 0;
 
-  void solve(T tolerance, int max_cycles, bool relative) {
-    share_out(share_, work_.channels, 1, [&](Index from, Index to) {
-      for (Index c = from; c < to; ++c) solve_channel(work_, int(c), tolerance, max_cycles, relative);
-    });
+  // Returns the estimate of the largest error; of the largest value, if `relative`. All channels have the same number
+  // of cycles, so that it does not matter which are solved together.
+  T solve(T tolerance, int max_cycles, bool relative) {
+    const Index groups = share_ ? std::min<Index>(at::get_num_threads(), work_.channels) : 1;
+    for (int cycle = 1;; ++cycle) {
+      share_out(share_, groups, 1, [&](Index from, Index to) {
+        for (Index g = from; g < to; ++g)
+          solve_channels(work_, int(work_.channels * g / groups), int(work_.channels * (g + 1) / groups), cycle == 1);
+      });
+      const T error = worst(relative);
+      if (!(error > tolerance) || cycle >= max_cycles) {
+        for (int c = 0; work_.closed && c < work_.channels; ++c) subtract_mean(work_.grid.level[0], work_.solution(c));
+        return error;
+      }
+    }
   }
-  T worst() const {
+  T worst(bool relative) const {
     T found = 0;
-    for (int c = 0; c < work_.channels; ++c)
-      if (!(work_.errors[c] <= found)) found = work_.errors[c];
+    for (int c = 0; c < work_.channels; ++c) {
+      T error = T(error_left(float(work_.changes[2 * c + 1]), float(work_.changes[2 * c])));
+      if (relative && error > T(0)) {
+        T largest;
+        run<Largest>(&work_.grid.level[0], static_cast<const T*>(work_.solution(c)), &largest);
+        error /= largest;
+      }
+      if (!(error <= found)) found = error;
+    }
     return found;
   }
 };

@@ -85,8 +85,7 @@ class Pool {
     if (chunks_.empty() || chunks_.back().size < used_ + bytes) {
       used_ = 0;
       const std::size_t size = std::max<std::size_t>(bytes, total_ + (std::size_t(1) << 20));
-      chunks_.push_back({std::make_unique_for_overwrite<char[]>(size + 64), size});
-      total_ += size;
+      grow(size);
     }
     const auto start = reinterpret_cast<std::uintptr_t>(chunks_.back().data.get());
     T* const found = reinterpret_cast<T*>((start + 63) / 64 * 64 + used_);
@@ -102,8 +101,7 @@ class Pool {
     chunks_.clear();
     total_ = 0;
     if (size > kKept) return;
-    chunks_.push_back({std::make_unique_for_overwrite<char[]>(size + 64), size});
-    total_ = size;
+    grow(size);
   }
 
  private:
@@ -113,6 +111,12 @@ class Pool {
   };
   std::vector<Chunk> chunks_;
   std::size_t used_ = 0, total_ = 0;
+
+  void grow(std::size_t size) {
+    chunks_.push_back({std::make_unique_for_overwrite<char[]>(size + 64), size});
+    ask_for_huge_pages(chunks_.back().data.get(), size);
+    total_ += size;
+  }
 };
 
 enum class Kind : std::uint8_t { none, inner, other };
@@ -143,24 +147,59 @@ struct Level {
   Run* runs;
   int* first_run;  // [ny + 1]
 
+  static bool near_page(Index distance) {
+    constexpr Index kPage = 4096, kApart = 768;
+    const Index bytes = distance * Index(sizeof(T)), over = bytes % kPage;
+    return bytes > kPage / 2 && (over < kApart || over > kPage - kApart);
+  }
   void shape(int rows, int columns) {
     ny = rows;
     nx = columns;
     blocks = (nx + kColumns - 1) / kColumns;
     half = Index(blocks + 3) * kLanes;  // a block of zeros before and two after: what transfers reach
+    // A store must not look like one to the neighbour of a later load, of which the last 12 bits are compared.
+    while (near_page(2 * half) || near_page(half)) half += kLanes;
     pitch = 2 * half;
   }
-  // A field of numbers, whose zeros around are set, or stay what they are.
-  T* field(Pool& pool, bool zeros) const {
-    T* const data = pool.take<T>(pitch * (ny + 2 * kGuard) + kLanes);
-    if (zeros) {
-      std::memset(data, 0, std::size_t(kGuard * pitch + kLanes) * sizeof(T));
-      std::memset(data + (ny + kGuard) * pitch, 0, std::size_t(kGuard * pitch + kLanes) * sizeof(T));
+  // Numbers from one channel's field to the next one's. Not a multiple of a page, for the reason above.
+  Index field_size() const {
+    Index size = pitch * (ny + 2 * kGuard) + kLanes;
+    while (size * Index(sizeof(T)) % 4096 != 1344) size += kLanes;
+    return size;
+  }
+  // Fields of numbers, in which the rows of zeros above and below are set.
+  T* field(Pool& pool, int channels = 1) const {
+    T* const data = pool.take<T>(channels * field_size());
+    const std::size_t guard = std::size_t(kGuard * pitch + kLanes) * sizeof(T);
+    for (int c = 0; c < channels; ++c) {
+      std::memset(data + c * field_size(), 0, guard);
+      std::memset(data + c * field_size() + (ny + kGuard) * pitch, 0, guard);
     }
     return data + kGuard * pitch + kLanes;
   }
-  // Sets what no run writes to 0.
-  void clear_outside(T* data) const {
+  // Sets to 0 what no run writes and one reads: beside it, and in the rows above and below.
+  void clear_around_runs(T* data) const {
+    for (int i = 0; i < ny; ++i) {
+      int low = blocks, high = -1;
+      for (int k = std::max(i - 1, 0); k <= std::min(i + 1, ny - 1); ++k) {
+        if (first_run[k] == first_run[k + 1]) continue;
+        low = std::min(low, runs[first_run[k]].from);
+        high = std::max(high, runs[first_run[k + 1] - 1].to);
+      }
+      if (high < 0) continue;
+      for (int h = 0; h < 2; ++h) {
+        T* const row = data + i * pitch + h * half;
+        int from = low - 1;
+        each_run(i, [&](Run run) FN_INLINE {
+          std::fill(row + from * kLanes, row + run.from * kLanes, T(0));
+          from = run.to;
+        });
+        std::fill(row + from * kLanes, row + (high + 1) * kLanes, T(0));
+      }
+    }
+  }
+  // The same of all rows, to their ends.
+  void clear_outside_runs(T* data) const {
     for (int i = 0; i < ny; ++i)
       for (int h = 0; h < 2; ++h) {
         T* const row = data + i * pitch + h * half;
@@ -267,7 +306,7 @@ inline void join_short_runs(std::uint8_t* kinds, int blocks, int least_inner, in
 
 template <class T>
 void find_runs(Level<T>& l, int number, Pool& pool) {
-  const int least_inner = number == 0 ? 12 : 2;
+  const int least_inner = number == 0 ? 12 : 8;
   constexpr int kLeastNone = 3;
   l.kinds = pool.take<std::uint8_t>(Index(l.ny) * l.blocks);
   l.needed = pool.take<std::uint8_t>(Index(l.ny) * l.blocks);
@@ -318,15 +357,17 @@ void mark_needed(Level<T>& l, const Level<T>* coarse) {
 
 // ---- matrices
 
+// The same stencil for blocks [from, to) of a row.
 template <class T>
-void fill_stencils(const Level<T>& l, Index at, Stencil<T> s, T inverse, bool corners) {
-  for (int k = 0; k < kLanes; ++k) {
-    l.centre[at + k] = s.centre;
-    l.inverse[at + k] = inverse;
-    l.east[at + k] = s.east;
-    l.south[at + k] = s.south;
-    if (corners) l.south_east[at + k] = s.south_east;
-    if (corners) l.south_west[at + k] = s.south_west;
+void fill_stencils(const Level<T>& l, int i, int from, int to, Stencil<T> s, T inverse, bool corners) {
+  for (int h = 0; h < 2; ++h) {
+    const Index at = i * l.pitch + h * l.half + from * kLanes, n = (to - from) * kLanes;
+    std::fill_n(l.centre + at, n, s.centre);
+    std::fill_n(l.inverse + at, n, inverse);
+    std::fill_n(l.east + at, n, s.east);
+    std::fill_n(l.south + at, n, s.south);
+    if (corners) std::fill_n(l.south_east + at, n, s.south_east);
+    if (corners) std::fill_n(l.south_west + at, n, s.south_west);
   }
 }
 
@@ -348,29 +389,32 @@ FN_BODY Halves<T> halves(const std::uint8_t* from) {
   return {{__builtin_convertvector(words & 0xFF, Vector<T>), __builtin_convertvector(words >> 8, Vector<T>)}};
 }
 
-struct FinestBlock {
+// Of blocks [from, to) of a row of level 0.
+struct FinestStencils {
   template <class T>
-  FN_BODY static void run(const Level<T>* level, int i, int block, Sides sides) {
+  FN_BODY static void run(const Level<T>* level, int i, int from, int to, Sides sides) {
     const Level<T>& l = *level;
-    const std::uint8_t* const m = l.active.row(i) + block * kColumns;
-    const std::uint8_t* const below = l.active.row(i + 1) + block * kColumns;
-    std::uint8_t right[kColumns], under[kColumns];
-    for (int j = 0; j < kColumns; ++j) right[j] = m[j] & m[j + 1];
-    for (int j = 0; j < kColumns; ++j) under[j] = m[j] & below[j];
+    const std::uint8_t *const m = l.active.row(i), *const below = l.active.row(i + 1);
     const T neighbours = T(4 - (sides.north && i == 0) - (sides.south && i == l.ny - 1));
-    const Halves<T> here = halves<T>(m), east = halves<T>(right), south = halves<T>(under);
-    const Index at = i * l.pitch + block * kLanes;
-    for (int h = 0; h < 2; ++h) {
-      store<T>(l.centre + at + h * l.half, here.half[h] * neighbours);
-      store<T>(l.east + at + h * l.half, -east.half[h]);
-      store<T>(l.south + at + h * l.half, -south.half[h]);
+    for (int b = from; b < to; ++b) {
+      const Halves<T> here = halves<T>(m + b * kColumns), next = halves<T>(m + b * kColumns + 1);
+      const Halves<T> under = halves<T>(below + b * kColumns);
+      for (int h = 0; h < 2; ++h) {
+        const Index at = i * l.pitch + h * l.half + b * kLanes;
+        const Vector<T> c = here.half[h] * neighbours;
+        store<T>(l.centre + at, c);
+        store<T>(l.inverse + at, c > T(0) ? T(1) / c : Vector<T>{});
+        store<T>(l.east + at, -(here.half[h] * next.half[h]));
+        store<T>(l.south + at, -(here.half[h] * under.half[h]));
+      }
     }
-    const int last = l.nx - 1;
-    if (sides.west && block == 0) l.centre[at] -= T(m[0]);
-    if (sides.east && last / kColumns == block) l.centre[l.at(i, last)] -= T(m[last % kColumns]);
-    for (int h = 0; h < 2; ++h) {
-      const Vector<T> c = load(l.centre + at + h * l.half);
-      store<T>(l.inverse + at + h * l.half, c > T(0) ? T(1) / c : Vector<T>{});
+    const int ends[2] = {0, l.nx - 1};
+    for (int e = 0; e < 2; ++e) {
+      const int j = ends[e];
+      if (!(e == 0 ? sides.west : sides.east) || j / kColumns < from || j / kColumns >= to) continue;
+      T& c = l.centre[l.at(i, j)];
+      c -= T(m[j]);
+      l.inverse[l.at(i, j)] = c > T(0) ? T(1) / c : T(0);
     }
   }
 };
@@ -382,13 +426,16 @@ struct Read {
   FN_BODY explicit operator Vector<T>() const { return at == nullptr ? Vector<T>{} : load(at); }
 };
 
-// The stencils of a coarse block, each of them of points (2I, 2J) of the level below in consecutive J. Level 0 has no
-// corners.
+// Of blocks [from, to) of a row of another level: each vector is of points (2I, 2J) of the level below in consecutive
+// J. Level 0 has no corners.
 template <bool kCorners>
-struct CoarseBlock {
+struct CoarseStencils {
   template <class T>
-  FN_BODY static void run(const Level<T>* below, const Level<T>* level, int i, int block) {
-    const Level<T>&fine = *below, &l = *level;
+  FN_BODY static void run(const Level<T>* below, const Level<T>* level, int i, int from, int to) {
+    for (int b = from; b < to; ++b) of_block(*below, *level, i, b);
+  }
+  template <class T>
+  FN_BODY static void of_block(const Level<T>& fine, const Level<T>& l, int i, int block) {
     alignas(64) T found[5][kColumns];
     for (int part = 0; part < kColumns; part += kLanes) {
       const Index origin = 2 * i * fine.pitch + 2 * block * kLanes + part;
@@ -417,13 +464,13 @@ struct CoarseBlock {
   }
 };
 
-// Zeros left and right of what is stored of a row, where blocks beside it read.
+// Zeros left and right of what is stored of a row, where blocks at its ends read.
 template <class T>
-void clear_beside(const Level<T>& l, T* field, int i) {
+void clear_beside(const Level<T>& l, T* field, int i, bool left, bool right) {
   for (int h = 0; h < 2; ++h) {
     T* const row = field + i * l.pitch + h * l.half;
-    std::memset(row - kLanes, 0, kLanes * sizeof(T));
-    std::memset(row + l.blocks * kLanes, 0, 2 * kLanes * sizeof(T));
+    if (left) std::memset(row - kLanes, 0, kLanes * sizeof(T));
+    if (right) std::memset(row + l.blocks * kLanes, 0, 2 * kLanes * sizeof(T));
   }
 }
 
@@ -431,27 +478,39 @@ template <class T>
 void store_stencils(Grid<T>& grid, int number, Sides sides, Pool& pool) {
   Level<T>& l = grid.level[number];
   const bool corners = number > 0;
-  for (T** field : {&l.centre, &l.inverse, &l.east, &l.south}) *field = l.field(pool, true);
-  l.south_east = corners ? l.field(pool, true) : nullptr;
-  l.south_west = corners ? l.field(pool, true) : nullptr;
+  for (T** field : {&l.centre, &l.inverse, &l.east, &l.south}) *field = l.field(pool);
+  l.south_east = corners ? l.field(pool) : nullptr;
+  l.south_west = corners ? l.field(pool) : nullptr;
+  const Level<T>*const fine = number > 0 ? &grid.level[number - 1] : nullptr, *const own = &l;
   for (int i = 0; i < l.ny; ++i) {
-    for (T* field : {l.centre, l.inverse, l.east, l.south}) clear_beside(l, field, i);
-    if (corners) clear_beside(l, l.south_east, i);
-    if (corners) clear_beside(l, l.south_west, i);
-    for (int b = 0; b < l.blocks; ++b) {
-      if (!l.needed[Index(i) * l.blocks + b]) continue;
-      const Kind kind = kind_of(l.active.row(i) + b * kColumns, l.innermost.row(i) + b * kColumns);
-      const Index at = i * l.pitch + b * kLanes;
-      for (int h = 0; h < 2 && kind != Kind::other; ++h)
-        fill_stencils(l, at + h * l.half, kind == Kind::inner ? l.inner : Stencil<T>{},
-                      kind == Kind::inner ? l.inner_inverse : T(0), corners);
-      if (kind != Kind::other) continue;
-      if (number == 0)
-        run<FinestBlock>(&std::as_const(l), i, b, sides);
+    const std::uint8_t* const needed = l.needed + Index(i) * l.blocks;
+    const bool left = needed[0], right = needed[l.blocks - 1];
+    if (left || right) {
+      for (T* field : {l.centre, l.inverse, l.east, l.south}) clear_beside(l, field, i, left, right);
+      if (corners) clear_beside(l, l.south_east, i, left, right);
+      if (corners) clear_beside(l, l.south_west, i, left, right);
+    }
+    const auto kind = [&](int b) {
+      return number == 0 ? Kind::other : kind_of(l.active.row(i) + b * kColumns, l.innermost.row(i) + b * kColumns);
+    };
+    for (int from = 0; from < l.blocks;) {
+      if (!needed[from]) {
+        ++from;
+        continue;
+      }
+      const Kind first = kind(from);
+      int to = from + 1;
+      while (to < l.blocks && needed[to] && kind(to) == first) ++to;
+      if (first != Kind::other)
+        fill_stencils(l, i, from, to, first == Kind::inner ? l.inner : Stencil<T>{},
+                      first == Kind::inner ? l.inner_inverse : T(0), corners);
+      else if (number == 0)
+        run<FinestStencils>(own, i, from, to, sides);
       else if (number == 1)
-        run<CoarseBlock<false>>(&std::as_const(grid.level[0]), &std::as_const(l), i, b);
+        run<CoarseStencils<false>>(fine, own, i, from, to);
       else
-        run<CoarseBlock<true>>(&std::as_const(grid.level[number - 1]), &std::as_const(l), i, b);
+        run<CoarseStencils<true>>(fine, own, i, from, to);
+      from = to;
     }
   }
 }
