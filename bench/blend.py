@@ -42,14 +42,36 @@ def name_of(size: Size) -> str:
 
 def pictures(size: Size, mask: str = "cat") -> tuple[Array, Array, Array]:
     """Object and background, uint8 [H, W, 3], and the mask, bool [H, W]."""
-    return samples.photo("chelsea", size), samples.photo("coffee", size), samples.mask(mask, size)
+    return photo("chelsea", size), photo("coffee", size), shape(mask, size)
+
+
+def photo(name: str, size: Size) -> Array:
+    """A photograph or, where none is installed, waves with the fall of a photograph's spectrum."""
+    try:
+        return samples.photo(name, size)
+    except ImportError:
+        rng = np.random.default_rng(len(name))
+        y, x = np.arange(size[0])[:, None, None] / size[0], np.arange(size[1])[:, None] / size[1]
+        waves = [
+            np.cos(2 * np.pi * (f * (y * a + x * b) + c)) / f
+            for f in 2.0 ** np.arange(8)
+            for a, b, c in [rng.random((3, 3))]
+        ]
+        return (127.5 + 60 * sum(waves)).clip(0, LEVELS).astype(np.uint8)
+
+
+def shape(name: str, size: Size) -> Array:
+    try:
+        return samples.mask(name, size)
+    except ImportError:
+        return samples.mask("spiral", size)
 
 
 def tensors(size: Size, device: str, mask: str = "cat") -> tuple[Tensor, ops.Objects]:
     """The same as a background [1, H, W, 3] and a packed object."""
     fg, bg, inside = pictures(size, mask)
-    image, shape = torch.tensor(bg, device=device)[None], torch.tensor(inside, device=device)
-    return image, ops.pack_objects([torch.tensor(fg, device=device)], [shape], channels_last=True)
+    image, own = torch.tensor(bg, device=device)[None], torch.tensor(inside, device=device)
+    return image, ops.pack_objects([torch.tensor(fg, device=device)], [own], channels_last=True)
 
 
 # --- Poisson ----------------------------------------------------------------------------------------------------------
@@ -57,15 +79,31 @@ def tensors(size: Size, device: str, mask: str = "cat") -> tuple[Tensor, ops.Obj
 
 @lru_cache(maxsize=8)
 def exact(size: Size, guidance: str, mask: str = "cat", clipped: bool = True) -> Array:
-    """The direct solution in float64, [H, W, 3] in 0 ... 255."""
-    result = solved(*pictures(size, mask), guidance)
+    """The direct solution in float64, [H, W, 3] in 0 ... 255; without SciPy the CPU's in float64."""
+    try:
+        result = solved(*pictures(size, mask), guidance)
+    except ImportError:
+        background, objects = tensors(size, "cpu", mask)
+        whole = objects._replace(pixels=objects.pixels / 255.0, mask=objects.mask / 255.0)
+        whole = whole._replace(pixels=whole.pixels.double(), mask=whole.mask.double())
+        result = (
+            LEVELS
+            * ops.poisson_blend(
+                background[0].double() / LEVELS,
+                whole,
+                position=PIXEL,
+                guidance=guidance,
+                tolerance=1e-6,
+                channels_last=True,
+            ).numpy()
+        )
     return result.clip(0, LEVELS) if clipped else result
 
 
 def seen(image: Array, size: Size, guidance: str) -> str:
     """What a reader wants to know of a picture: its errors, and what it did outside the mask."""
     off = np.abs(image.astype(float) - exact(size, guidance))
-    inside, background = samples.mask("cat", size), pictures(size)[1]
+    background, inside = pictures(size)[1:]
     changed = (image != background).any(-1)[~inside]
     largest, mean = off[inside].max(), off[inside].mean()
     return f"{largest:.3g} grey levels at most, {mean:.2g} on average; {changed.mean():.0%} changed outside"
@@ -184,7 +222,7 @@ def batch_group(device: str, size: Size, count: int) -> Iterator[Contender]:
     image = torch.tensor(bg, device=device).expand(count, -1, -1, -1).contiguous()
     names = [samples.MASKS[i % len(samples.MASKS)] for i in range(count)]
     for title, used in ((f"{count} x cat", ["cat"] * count), (f"{count} of four masks", names)):
-        shapes = [torch.tensor(samples.mask(name, size), device=device) for name in used]
+        shapes = [torch.tensor(shape(name, size), device=device) for name in used]
         objects = ops.pack_objects([torch.tensor(fg, device=device)] * count, shapes, channels_last=True)
 
         def run(objects: ops.Objects = objects) -> Tensor:
@@ -201,14 +239,14 @@ def batch_group(device: str, size: Size, count: int) -> Iterator[Contender]:
 def adjoint_group(device: str, size: Size) -> Iterator[Contender]:
     """float32, channels first: the blend alone, and with the gradients of object and background."""
     fg, bg, inside = pictures(size)
-    shape = torch.tensor(inside, device=device)
+    own = torch.tensor(inside, device=device)
     for guidance in ("import", "mixed"):
         object_, image = (torch.tensor(a / LEVELS, device=device).float().permute(2, 0, 1) for a in (fg, bg))
         leaves = [image[None].contiguous().requires_grad_(), object_.contiguous().requires_grad_()]
         weight = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(0)).to(device)
 
         def run(leaves: list[Tensor] = leaves, guidance: str = guidance) -> Tensor:
-            return ops.poisson_blend(leaves[0], [leaves[1]], [shape], position=PIXEL, guidance=guidance)
+            return ops.poisson_blend(leaves[0], [leaves[1]], [own], position=PIXEL, guidance=guidance)
 
         def forward(run: Callable[[], Tensor] = run) -> Tensor:
             with torch.no_grad():
@@ -383,7 +421,7 @@ def kornia_backward(both: Callable[..., Any], error: Callable[[Any], float]) -> 
 def labelled_group(device: str) -> Iterator[Contender]:
     """Five cut-outs of 200^2 onto 512^2, with the labels."""
     fg, _, inside = pictures((200, 200))
-    background = torch.tensor(samples.photo("coffee", (512, 512)), device=device)[None]
+    background = torch.tensor(photo("coffee", (512, 512)), device=device)[None]
     objects = ops.pack_objects(
         [torch.tensor(fg, device=device)] * 5, [torch.tensor(inside, device=device)] * 5, channels_last=True
     )

@@ -72,9 +72,12 @@ def _grid(height: int, width: int) -> tuple[Array, Array]:
 
 
 def _cat(height: int, width: int) -> Array:
-    from skimage.draw import polygon2mask
-
-    return np.asarray(polygon2mask((height, width), [(y * height, x * width) for x, y in _CAT]))
+    y, x = _grid(height, width)
+    inside = np.zeros((height, width), bool)
+    for (x0, y0), (x1, y1) in zip(_CAT, _CAT[1:] + _CAT[:1], strict=True):  # each edge to the right of a pixel
+        crosses = (y0 > y) != (y1 > y)
+        inside ^= crosses & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside
 
 
 def _cup(height: int, width: int) -> Array:
