@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastnuggets import reference
 from fastnuggets.ops.poisson import GUIDANCES as POISSON_GUIDANCES
+from fastnuggets.ops.filters import BORDERS, STEPS
 from fastnuggets.ops.sample import APPROXIMATIONS, FORMS, KINDS
 from fastnuggets.ops.voxelize import COMBINES, DENSITIES
 from fastnuggets.reference.philox import normal
@@ -1307,5 +1308,182 @@ register(
         _poisson_backward_samples,
         _reference_poisson_backward,
         tolerance=_SOLVED_BACK,
+    )
+)
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+# Half types: a unit of the last place. Seen in float32: 5e-7.
+_FILTERED = {**ROUNDING, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _filter_taps_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(41, device, dtype)
+    # dy, dx, weight, joins: on one side, far, heavy, negative.
+    taps = [0, 0, 1, 0, -1, 2, 3, 0, 2, -1, 1, 1, 0, -4, -1, 0, 1, 0, 2, 0]
+
+    def sample(size: tuple[int, ...], border: str, transposed: bool = False, last: bool = False) -> tuple[Any, ...]:
+        return uniform(-1, 1, *size), taps, [0, 5], [6], BORDERS.index(border), 0.25, 0, transposed, last
+
+    made = {
+        "typical": sample((2, 3, 5, 7), "reflect"),
+        "larger": sample((3, 2, 9, 6), "reflect"),
+        "one": sample((1, 1, 1, 1), "reflect"),
+        "empty": sample((2, 3, 0, 5), "reflect"),
+        "parallel": sample((4, 3, 96, 100), "reflect"),
+        "constant": sample((1, 2, 4, 3), "constant"),
+        "replicate": sample((1, 2, 2, 5), "replicate"),
+        "last": sample((1, 4, 6, 3), "reflect", last=True),
+    }
+    for border in BORDERS:
+        for last in (False, True):
+            made[f"transposed {border} {last}"] = sample((1, 4, 3, 6), border, True, last)
+    image, _, _, _, *how = made["typical"]
+    made["each"] = (image, taps[:12], [0, 1, 3], [1, 2], *how)
+    return made
+
+
+def _reference_filter_taps(
+    image: Tensor,
+    taps: list[int],
+    ptr: list[int],
+    divisors: list[int],
+    border: int,
+    value: float,
+    _rounding: int,
+    transposed: bool,
+    last: bool,
+) -> Tensor:
+    planar = image.movedim(-1, 1) if last else image
+    groups = [planar] if len(divisors) == 1 else list(planar.split(1))
+    made = []
+    for g, part in enumerate(groups):
+        own = [(taps[4 * k], taps[4 * k + 1], taps[4 * k + 2]) for k in range(ptr[g], ptr[g + 1])]
+
+        def linear(x: Tensor, own: Any = own, divisor: int = divisors[g], constant: float = value) -> Tensor:
+            return reference.filter_taps(x, own, divisor, BORDERS[border], 0.0 if transposed else constant)
+
+        made.append(reference.transposed(linear, part, part.shape) if transposed else linear(part))
+    out = torch.cat(made)
+    return out.movedim(1, -1) if last else out
+
+
+def _pyramid_step_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(42, device, dtype)
+    made = {
+        "typical": (uniform(-1, 1, 2, 3, 7, 9), 0, 4, 5),
+        "larger": (uniform(-1, 1, 3, 2, 8, 10), 0, 4, 5),
+        "one": (uniform(-1, 1, 1, 1, 1, 1), 0, 1, 1),
+        "empty": (uniform(-1, 1, 2, 0, 4, 6), 0, 2, 3),
+        "parallel": (uniform(-1, 1, 3, 150, 160), 0, 75, 80),
+    }
+    for number, step in enumerate(STEPS):
+        for h, w in ((4, 6), (5, 7), (1, 2), (2, 3)):
+            fine, coarse = (h, w), ((h + 1) // 2, (w + 1) // 2)
+            size, out = (fine, coarse) if step in ("down", "up_transposed") else (coarse, fine)
+            made[f"{step} {h} {w}"] = (uniform(-1, 1, 2, *size), number, *out)
+    made["parallel up"] = (uniform(-1, 1, 3, 100, 120), 1, 199, 240)
+    return made
+
+
+def _reference_pyramid_step(image: Tensor, step: int, h: int, w: int) -> Tensor:
+    size = (*image.shape[:-2], h, w)
+    if STEPS[step] == "down":
+        return reference.pyr_down(image)
+    if STEPS[step] == "up":
+        return reference.pyr_up(image, (h, w))
+    if STEPS[step] == "down_transposed":
+        return reference.transposed(reference.pyr_down, image, size)
+    return reference.transposed(lambda x: reference.pyr_up(x, image.shape[-2:]), image, size)
+
+
+def _multiband_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(43, device, dtype)
+
+    def sample(b: int, c: int, h: int, w: int, levels: int, last: bool = False) -> tuple[Any, ...]:
+        size = (b, h, w, c) if last else (b, c, h, w)
+        return uniform(0, 1, *size), uniform(0, 1, *size), uniform(0, 1, b, h, w), levels, last
+
+    return {
+        "typical": sample(2, 2, 6, 9, 2),
+        "larger": sample(3, 3, 11, 8, 2),
+        "one": sample(1, 1, 1, 1, 2),
+        "empty": sample(1, 0, 5, 4, 2),
+        "parallel": sample(2, 3, 90, 110, 5),
+        "last": sample(1, 3, 5, 6, 2, True),
+        "alpha": sample(1, 2, 3, 4, 0),
+        "last five": sample(1, 5, 4, 7, 3, True),
+    }
+
+
+def _multiband_backward_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    uniform = _random(44, device, dtype)
+    made = {}
+    for name, args in _multiband_samples(device, dtype).items():
+        made[name] = (uniform(-1, 1, *args[0].shape), *args, [True, True, True])
+    for k, name in enumerate(("background", "foreground", "mask")):
+        made[name] = (*made["typical"][:-1], [k == i for i in range(3)])
+    return made
+
+
+def _reference_multiband(background: Tensor, foreground: Tensor, mask: Tensor, levels: int, last: bool) -> Tensor:
+    images = [t.movedim(-1, 1) if last else t for t in (background, foreground)]
+    out = reference.multiband_blend(*images, mask, levels)
+    return out.movedim(1, -1) if last else out
+
+
+def _reference_multiband_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *images, levels, last, wanted = given
+    leaves = [t.detach().requires_grad_() for t in images]
+    with torch.enable_grad():
+        found = _gradients([_reference_multiband(*leaves, levels, last)], leaves, [grad])
+    return tuple(f.detach() if w else grad.new_zeros(0) for f, w in zip(found, wanted, strict=True))
+
+
+register(
+    OpCase(
+        "fastnuggets::filter_taps",
+        _filter_taps_samples,
+        _reference_filter_taps,
+        ("image",),
+        dtypes=_FLOATING,
+        any_dtype=("image",),
+        tolerance=_FILTERED,
+        gradient_tolerance=_FILTERED,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::pyramid_step",
+        _pyramid_step_samples,
+        _reference_pyramid_step,
+        ("image",),
+        dtypes=_FLOATING,
+        any_dtype=("image",),
+        tolerance=_FILTERED,
+        gradient_tolerance=_FILTERED,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::multiband_blend",
+        _multiband_samples,
+        _reference_multiband,
+        ("background", "foreground", "mask"),
+        dtypes=_FLOATING,
+        any_dtype=("background", "foreground", "mask"),
+        tolerance=_FILTERED,
+        gradient_tolerance=_FILTERED,
+    )
+)
+register(
+    OpCase(
+        "fastnuggets::multiband_blend_backward",
+        _multiband_backward_samples,
+        _reference_multiband_backward,
+        dtypes=_FLOATING,
+        any_dtype=("grad", "background", "foreground", "mask"),
+        tolerance=_FILTERED,
     )
 )

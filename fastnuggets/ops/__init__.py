@@ -13,6 +13,7 @@ from fastnuggets.ops.average import (
     weighted_sum_,
 )
 from fastnuggets.ops.blend import Composite, Objects, composite, pack_objects
+from fastnuggets.ops.filters import filter_taps, motion_blur, motion_kernel, multiband_blend, pyr_down, pyr_up
 from fastnuggets.ops.inverse import Atoms, Conditioning, condition_number, deconvolve, find_atoms, kernel_warnings
 from fastnuggets.ops.poisson import poisson_blend
 from fastnuggets.ops.sample import (
@@ -50,6 +51,7 @@ __all__ = [
     "deconvolve",
     "dropout",
     "ema_update_",
+    "filter_taps",
     "find_atoms",
     "first_nonfinite",
     "gaussian_dropout",
@@ -59,11 +61,16 @@ __all__ = [
     "kl_mixture",
     "kl_normal",
     "local_reparam",
+    "motion_blur",
+    "motion_kernel",
+    "multiband_blend",
     "noise",
     "noise_",
     "noise_key",
     "pack_objects",
     "poisson_blend",
+    "pyr_down",
+    "pyr_up",
     "random_signs",
     "rsample",
     "rsample_normal",

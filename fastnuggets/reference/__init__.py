@@ -11,6 +11,7 @@ from fastnuggets.reference.average import (
     weighted_sum,
 )
 from fastnuggets.reference.blend import composite
+from fastnuggets.reference.filters import filter_taps, multiband_blend, pyr_down, pyr_up, transposed
 from fastnuggets.reference.inverse import fit_atoms
 from fastnuggets.reference.poisson import poisson_blend
 from fastnuggets.reference.sample import (
@@ -29,13 +30,17 @@ __all__ = [
     "atom_relevance",
     "average_update",
     "composite",
+    "filter_taps",
     "fit_atoms",
     "gumbel_softmax",
     "join",
     "kl_log_uniform",
     "kl_normal",
+    "multiband_blend",
     "noise",
     "poisson_blend",
+    "pyr_down",
+    "pyr_up",
     "rsample_normal",
     "scaled_noise",
     "sgd_step",
@@ -43,6 +48,7 @@ __all__ = [
     "std_of",
     "stochastic_bfloat16",
     "swag_update",
+    "transposed",
     "voxelize",
     "weighted_sum",
 ]
