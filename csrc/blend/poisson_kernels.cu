@@ -98,6 +98,15 @@ struct Field {
   __device__ R& operator()(int i, int j) const { return data[(i - top) * pitch + (j - left)]; }
 };
 
+// A plane [ny, nx] in global memory.
+template <class R>
+struct Rows {
+  R* data;
+  int nx;
+
+  __device__ R& operator()(int i, int j) const { return data[Index(i) * nx + j]; }
+};
+
 // The matrix of level 0. `ties` [ny, nx]: 1 + the neighbours inside the image of a pixel of the domain, 0 of others.
 template <class R>
 struct Five {
@@ -106,8 +115,9 @@ struct Five {
   int ny, nx;
 
   __device__ bool inside(int i, int j) const { return i >= 0 && i < ny && j >= 0 && j < nx; }
-  __device__ bool active(int i, int j) const { return inside(i, j) && ties[i * nx + j] > 0; }
-  __device__ int neighbours(int i, int j) const { return int(ties[i * nx + j]) - 1; }
+  __device__ Index at(int i, int j) const { return Index(i) * nx + j; }
+  __device__ bool active(int i, int j) const { return inside(i, j) && ties[at(i, j)] > 0; }
+  __device__ int neighbours(int i, int j) const { return int(ties[at(i, j)]) - 1; }
   __device__ Stencil<R> operator()(int i, int j) const {
     if (!active(i, j)) return {};
     return {R(neighbours(i, j)), R(active(i, j + 1) ? -1 : 0), R(active(i + 1, j) ? -1 : 0), R(0), R(0)};
@@ -134,19 +144,20 @@ struct Nine {
   int ny, nx;
 
   __device__ bool inside(int i, int j) const { return i >= 0 && i < ny && j >= 0 && j < nx; }
-  __device__ bool active(int i, int j) const { return inside(i, j) && entries[i * nx + j] > R(0); }
+  __device__ Index at(int i, int j) const { return Index(i) * nx + j; }
+  __device__ bool active(int i, int j) const { return inside(i, j) && entries[at(i, j)] > R(0); }
   __device__ Stencil<R> operator()(int i, int j) const {
     if (!inside(i, j)) return {};
-    const R* const at = entries + i * nx + j;
-    return {at[0], at[points], at[2 * points], at[3 * points], at[4 * points]};
+    const R* const e = entries + at(i, j);
+    return {e[0], e[points], e[2 * points], e[3 * points], e[4 * points]};
   }
   __device__ void set(int i, int j, const Stencil<R>& s) const {
-    R* const at = entries + i * nx + j;
-    at[0] = s.centre;
-    at[points] = s.east;
-    at[2 * points] = s.south;
-    at[3 * points] = s.south_east;
-    at[4 * points] = s.south_west;
+    R* const e = entries + at(i, j);
+    e[0] = s.centre;
+    e[points] = s.east;
+    e[2 * points] = s.south;
+    e[3 * points] = s.south_east;
+    e[4 * points] = s.south_west;
   }
   // What the neighbours leave of b.
   __device__ R rest(const Field<R>& u, int i, int j, R b) const {
@@ -160,11 +171,11 @@ struct Nine {
     return b - sum;
   }
   __device__ R relaxed(const Field<R>& u, int i, int j, R b, int, bool) const {
-    const R centre = entries[i * nx + j];
+    const R centre = entries[at(i, j)];
     return centre > R(0) ? u(i, j) + R(kCoarseFactor) * (rest(u, i, j, b) / centre - u(i, j)) : R(0);
   }
   __device__ R residual(const Field<R>& u, int i, int j, R b) const {
-    return rest(u, i, j, b) - entries[i * nx + j] * u(i, j);
+    return rest(u, i, j, b) - entries[at(i, j)] * u(i, j);
   }
 };
 
@@ -196,11 +207,11 @@ __device__ Stencil<R> coarse_stencil(const Matrix& fine, int i, int j) {
 }
 
 // `over`: a residual follows, and the last was not of an interpolation alone.
-template <class Team, class Matrix, class R>
-__device__ void relax(const Team& team, const Matrix& a, const Field<R>& u, const R* b, const Box& box, int colour,
-                      bool over) {
+template <class Team, class Matrix, class R, class RightSide>
+__device__ void relax(const Team& team, const Matrix& a, const Field<R>& u, const RightSide& b, const Box& box,
+                      int colour, bool over) {
   for_colour<Matrix::kColours>(team, box, colour,
-                               [&](int i, int j) { u(i, j) = a.relaxed(u, i, j, b[i * a.nx + j], colour, over); });
+                               [&](int i, int j) { u(i, j) = a.relaxed(u, i, j, b(i, j), colour, over); });
 }
 
 // ---- what there is to do
@@ -244,14 +255,13 @@ class Memory {
     return reinterpret_cast<Slot*>(data_ + job_.slots) + Index(c) * (1 + job_.effort.max_cycles);
   }
   __device__ double& mean(int c) const { return reinterpret_cast<double*>(data_ + job_.means)[c]; }
-  __device__ R* u(int level, int c) const { return plane(level, c); }
-  __device__ R* b(int level, int c) const { return plane(level, int(job_.scene.C) + c); }
-  __device__ R* v(int level, int c) const { return plane(level, 2 * int(job_.scene.C) + c); }
-  __device__ R* matrix(int level) const { return plane(level, 3 * int(job_.scene.C)); }
+  // Planes of a level that is nx wide.
+  __device__ Rows<R> u(int level, int c, int nx) const { return {plane(level, c), nx}; }
+  __device__ Rows<R> b(int level, int c, int nx) const { return {plane(level, int(job_.scene.C) + c), nx}; }
+  __device__ Rows<R> v(int level, int c, int nx) const { return {plane(level, 2 * int(job_.scene.C) + c), nx}; }
+  __device__ Rows<std::uint8_t> ties(int nx) const { return {reinterpret_cast<std::uint8_t*>(matrix(0)), nx}; }
 
-  __device__ Five<R> matrix_of(std::true_type, int, int ny, int nx) const {
-    return {reinterpret_cast<const std::uint8_t*>(matrix(0)), ny, nx};
-  }
+  __device__ Five<R> matrix_of(std::true_type, int, int ny, int nx) const { return {ties(nx).data, ny, nx}; }
   __device__ Nine<R> matrix_of(std::false_type, int level, int ny, int nx) const {
     return {matrix(level), job_.points[level], ny, nx};
   }
@@ -263,6 +273,7 @@ class Memory {
   __device__ R* plane(int level, int k) const {
     return reinterpret_cast<R*>(data_ + job_.at[level]) + k * job_.points[level];
   }
+  __device__ R* matrix(int level) const { return plane(level, 3 * int(job_.scene.C)); }
 };
 
 __device__ float grey_levels(const Job& job, float error, float largest) {
@@ -422,7 +433,7 @@ class BlockGrid {
 
   __device__ Box box(int l) const { return {0, 0, level_[l].ny, level_[l].nx}; }
   __device__ Field<R> u(int l) const { return {memory_ + level_[l].u, -1, -1, level_[l].nx + 2}; }
-  __device__ R* b(int l) const { return memory_ + level_[l].b; }
+  __device__ Field<R> b(int l) const { return {memory_ + level_[l].b, 0, 0, level_[l].nx}; }
   __device__ R* matrix(int l) const { return memory_ + level_[l].matrix; }
   __device__ Nine<R> nine(int l) const {
     return {matrix(l), Index(level_[l].ny) * level_[l].nx, level_[l].ny, level_[l].nx};
@@ -441,9 +452,9 @@ class BlockGrid {
   // Full multigrid. Returns what cycle() does of the last one.
   __device__ unsigned full() const {
     for (int l = 0; l < last_; ++l) {
-      const R* const fine = b(l);
+      const Field<R> fine = b(l);
       const Box inside = box(l);
-      restrict(l, [=](int i, int j) { return inside.has(i, j) ? fine[i * inside.right + j] : R(0); });
+      restrict(l, [=](int i, int j) { return inside.has(i, j) ? fine(i, j) : R(0); });
       __syncthreads();
     }
     relax_coarsest();
@@ -460,9 +471,8 @@ class BlockGrid {
     for (int l = top; l < last_; ++l) {
       relax_level(l, over || l > top);
       with_matrix(l, [&](const auto& a) {
-        const Field<R> fine = u(l), coarse = u(l + 1);
-        const R* const right = b(l);
-        restrict(l, [&](int i, int j) { return a.inside(i, j) ? a.residual(fine, i, j, right[i * a.nx + j]) : R(0); });
+        const Field<R> fine = u(l), coarse = u(l + 1), right = b(l);
+        restrict(l, [&](int i, int j) { return a.inside(i, j) ? a.residual(fine, i, j, right(i, j)) : R(0); });
         for_points(team_, box(l + 1), [&](int i, int j) { coarse(i, j) = R(0); });
       });
       __syncthreads();
@@ -500,9 +510,8 @@ class BlockGrid {
 
   template <class Fine>
   __device__ void restrict(int l, const Fine& fine) const {
-    R* const to = b(l + 1);
-    const int nx = level_[l + 1].nx;
-    for_points(team_, box(l + 1), [&](int i, int j) { to[i * nx + j] = restricted(fine, i, j); });
+    const Field<R> to = b(l + 1);
+    for_points(team_, box(l + 1), [&](int i, int j) { to(i, j) = restricted(fine, i, j); });
   }
 
   __device__ void interpolate_to(int l) const {
@@ -554,7 +563,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) solve_small(const __grid_cons
   const Source<S> of(job.scene, p, c);
   const BlockGrid<R, true> grid(memory, levels, p.ny, p.nx);
   const Block team;
-  const Field<R> u = grid.u(0), b{grid.b(0), 0, 0, p.nx};
+  const Field<R> u = grid.u(0), b = grid.b(0);
   std::uint8_t* const ties = reinterpret_cast<std::uint8_t*>(grid.matrix(0));
   for_points(team, grid.box(0), [&](int i, int j) {
     ties[i * p.nx + j] = of.ties(i, j);
@@ -578,7 +587,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) solve_small(const __grid_cons
     for_points(team, grid.box(0), [&](int i, int j) { blend_pixel(job, of, i, j, u(i, j)); });
   } else {
     const Memory<R> keep(job, n);
-    const Field<R> to{keep.u(0, c), 0, 0, p.nx};
+    const Rows<R> to = keep.u(0, c, p.nx);
     for_points(team, grid.box(0), [&](int i, int j) { to(i, j) = u(i, j); });
     if (threadIdx.x == 0) keep.mean(c) = mean;
   }
@@ -648,11 +657,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const Source<S> of(job.scene, p, here.c);
   for (int k = int(threadIdx.x); here.tile == 0 && k <= job.effort.max_cycles; k += kTileThreads)
     memory.slots(here.c)[k] = {0, 0};
-  std::uint8_t* const ties = reinterpret_cast<std::uint8_t*>(memory.matrix(0));
-  R* const b = memory.b(0, here.c);
+  const Rows<std::uint8_t> ties = memory.ties(p.nx);
+  const Rows<R> b = memory.b(0, here.c, p.nx);
   for_points(Block(), here.box.within(p.ny, p.nx), [&](int i, int j) {
-    if (here.c == 0) ties[i * p.nx + j] = of.ties(i, j);
-    b[i * p.nx + j] = right_side(job, of, i, j);
+    if (here.c == 0) ties(i, j) = of.ties(i, j);
+    b(i, j) = right_side(job, of, i, j);
   });
 }
 
@@ -667,11 +676,10 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const Size fine = size_of(level - 1, h.ny, h.nx), size = size_of(1, fine.ny, fine.nx);
   const auto a = memory.matrix_of(std::bool_constant<kFinest>(), level - 1, fine.ny, fine.nx);
   const Nine<R> coarse = memory.matrix_of(std::false_type(), level, size.ny, size.nx);
-  const R* const from = memory.b(level - 1, here.c);
-  R* const to = memory.b(level, here.c);
+  const Rows<R> from = memory.b(level - 1, here.c, fine.nx), to = memory.b(level, here.c, size.nx);
   for_points(Block(), here.box.within(size.ny, size.nx), [&](int i, int j) {
     if (here.c == 0) coarse.set(i, j, coarse_stencil<R>(a, i, j));
-    to[i * size.nx + j] = restricted([&](int k, int l) { return a.inside(k, l) ? from[k * fine.nx + l] : R(0); }, i, j);
+    to(i, j) = restricted([&](int k, int l) { return a.inside(k, l) ? from(k, l) : R(0); }, i, j);
   });
 }
 
@@ -691,8 +699,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   if (level >= h.top || progress(job, memory.slots(here.c), number - 1).done) return;
   const Size size = size_of(level, h.ny, h.nx), coarse = size_of(1, size.ny, size.nx);
   const auto a = memory.matrix_of(Finest(), level, size.ny, size.nx);
-  const R *const b = memory.b(level, here.c), *const from = memory.u(level, here.c);
-  const R* const above = memory.u(level + 1, here.c);
+  const Rows<R> b = memory.b(level, here.c, size.nx), from = memory.u(level, here.c, size.nx);
+  const Rows<R> above = memory.u(level + 1, here.c, coarse.nx);
   const Block team;
 
   // A residual needs the points around it, each of which needs a rim for each of its colours.
@@ -702,9 +710,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   for_points(team, loaded, [&](int i, int j) {
     const bool active = start != Start::zero && a.active(i, j);
     if (start == Start::interpolated && active)
-      u(i, j) = interpolate([&](int k, int l) { return above[k * coarse.nx + l]; }, i, j);
+      u(i, j) = interpolate(above, i, j);
     else
-      u(i, j) = active ? from[i * size.nx + j] : R(0);
+      u(i, j) = active ? from(i, j) : R(0);
   });
   __syncthreads();
   for (int colour = 0; colour < kColours; ++colour) {
@@ -712,17 +720,15 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     relax(team, a, u, b, box, colour, start != Start::interpolated);
     __syncthreads();
   }
-  R* const v = memory.v(level, here.c);
-  for_points(team, here.box.within(size.ny, size.nx), [&](int i, int j) { v[i * size.nx + j] = u(i, j); });
+  const Rows<R> v = memory.v(level, here.c, size.nx);
+  for_points(team, here.box.within(size.ny, size.nx), [&](int i, int j) { v(i, j) = u(i, j); });
   const Box around{here.box.top - 1, here.box.left - 1, here.box.bottom, here.box.right};
   const Field<R> r{residuals, around.top, around.left, kTile + 1};
-  for_points(team, around,
-             [&](int i, int j) { r(i, j) = a.inside(i, j) ? a.residual(u, i, j, b[i * size.nx + j]) : R(0); });
+  for_points(team, around, [&](int i, int j) { r(i, j) = a.inside(i, j) ? a.residual(u, i, j, b(i, j)) : R(0); });
   __syncthreads();
-  R* const to = memory.b(level + 1, here.c);
+  const Rows<R> to = memory.b(level + 1, here.c, coarse.nx);
   const Box half{here.box.top / 2, here.box.left / 2, here.box.bottom / 2, here.box.right / 2};
-  for_points(team, half.within(coarse.ny, coarse.nx),
-             [&](int i, int j) { to[i * coarse.nx + j] = restricted(r, i, j); });
+  for_points(team, half.within(coarse.ny, coarse.nx), [&](int i, int j) { to(i, j) = restricted(r, i, j); });
 }
 
 // Adds the next level's correction to v, relaxes once, to u.
@@ -738,16 +744,15 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   if (level >= h.top || progress(job, memory.slots(here.c), number - 1).done) return;
   const Size size = size_of(level, h.ny, h.nx), coarse = size_of(1, size.ny, size.nx);
   const auto a = memory.matrix_of(Finest(), level, size.ny, size.nx);
-  const R *const b = memory.b(level, here.c), *const v = memory.v(level, here.c);
-  const R* const above = memory.u(level + 1, here.c);
+  const Rows<R> b = memory.b(level, here.c, size.nx), v = memory.v(level, here.c, size.nx);
+  const Rows<R> above = memory.u(level + 1, here.c, coarse.nx), to = memory.u(level, here.c, size.nx);
   const Block team;
 
   const Box loaded = here.box.grown(kColours);
   const Field<R> u{values, loaded.top, loaded.left, kSide};
   for_points(team, loaded, [&](int i, int j) {
     const bool active = a.active(i, j);
-    u(i, j) =
-        active ? v[i * size.nx + j] + interpolate([&](int k, int l) { return above[k * coarse.nx + l]; }, i, j) : R(0);
+    u(i, j) = active ? v(i, j) + interpolate(above, i, j) : R(0);
   });
   __syncthreads();
   for (int colour = 0; colour < kColours; ++colour) {
@@ -755,16 +760,15 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     relax(team, a, u, b, box, colour, false);
     __syncthreads();
   }
-  R* const to = memory.u(level, here.c);
   unsigned change = 0, largest = 0;
   for_points(team, here.box.within(size.ny, size.nx), [&](int i, int j) {
-    to[i * size.nx + j] = u(i, j);
+    to(i, j) = u(i, j);
     if (kFinest && job.grad != nullptr) largest = max(largest, magnitude_bits(float(u(i, j))));
   });
   if constexpr (kFinest) {
     const Box half{here.box.top / 2, here.box.left / 2, here.box.bottom / 2, here.box.right / 2};
     for_points(team, half.within(coarse.ny, coarse.nx),
-               [&](int i, int j) { change = max(change, magnitude_bits(float(above[i * coarse.nx + j]))); });
+               [&](int i, int j) { change = max(change, magnitude_bits(float(above(i, j)))); });
     change = block_max(change);
     largest = block_max(largest);
     if (threadIdx.x > 0) return;
@@ -787,11 +791,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Size size = size_of(h.top, h.ny, h.nx);
   const BlockGrid<R, false> grid(shared, levels, size.ny, size.nx);
   const Nine<R> stored = memory.matrix_of(std::false_type(), h.top, size.ny, size.nx), a = grid.nine(0);
-  const R* const b = memory.b(h.top, c);
+  const Rows<R> b = memory.b(h.top, c, size.nx), to = memory.u(h.top, c, size.nx);
   const Block team;
   for_points(team, grid.box(0), [&](int i, int j) {
     a.set(i, j, stored(i, j));
-    grid.b(0)[i * size.nx + j] = b[i * size.nx + j];
+    grid.b(0)(i, j) = b(i, j);
   });
   __syncthreads();
   grid.build();
@@ -799,8 +803,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     grid.full();
   else
     grid.cycle(0, true);
-  R* const to = memory.u(h.top, c);
-  for_points(team, grid.box(0), [&](int i, int j) { to[i * size.nx + j] = grid.u(0)(i, j); });
+  for_points(team, grid.box(0), [&](int i, int j) { to(i, j) = grid.u(0)(i, j); });
 }
 
 // Closes the right side, or else the solution, of large objects; a block for each channel.
@@ -812,7 +815,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) close_large(const __grid_cons
   const Memory<R> memory(job, n);
   if (memory.header().top == 0) return;
   const Source<S> of(job.scene, place(job.scene, n), c);
-  const double mean = close(of, Field<R>{right_side ? memory.b(0, c) : memory.u(0, c), 0, 0, of.nx});
+  const double mean = close(of, right_side ? memory.b(0, c, of.nx) : memory.u(0, c, of.nx));
   if (right_side && threadIdx.x == 0) memory.mean(c) = mean;
 }
 
@@ -840,9 +843,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const Memory<R> memory(job, here.n);
   if (memory.header().top == 0) return;
   const Source<S> of(job.scene, place(job.scene, here.n), here.c);
-  const R* const u = memory.u(0, here.c);
-  for_points(Block(), here.box.within(of.ny, of.nx),
-             [&](int i, int j) { blend_pixel(job, of, i, j, u[i * of.nx + j]); });
+  const Rows<R> u = memory.u(0, here.c, of.nx);
+  for_points(Block(), here.box.within(of.ny, of.nx), [&](int i, int j) { blend_pixel(job, of, i, j, u(i, j)); });
 }
 
 // ---- gradients
@@ -850,11 +852,11 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 // What the edge from (i, j) to its neighbour gives to the gradients of (i, j), of whose guidance the cotangent is the
 // difference of solution s.
 template <class S>
-__device__ EdgeSlopes<Real<S>> edge_grads(const Source<S>& of, const Real<S>* s, int i, int j, int qi, int qj) {
+__device__ EdgeSlopes<Real<S>> edge_grads(const Source<S>& of, const Rows<Real<S>>& s, int i, int j, int qi, int qj) {
   using R = Real<S>;
   const bool here = of.domain(i, j), there = of.domain(qi, qj);
   if (!here && !there) return {};
-  const R cotangent = (here ? s[i * of.nx + j] : R(0)) - (there ? s[qi * of.nx + qj] : R(0));
+  const R cotangent = (here ? s(i, j) : R(0)) - (there ? s(qi, qj) : R(0));
   const bool both = of.in_object(i, j) && of.in_object(qi, qj);
   const R fg = both ? of.colour(i, j) - of.colour(qi, qj) : R(0);
   const EdgeSlopes<R> slopes =
@@ -871,7 +873,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const Placed p = place(job.scene, here.n);
   if (p.ny == 0) return;
   const Source<S> of(job.scene, p, here.c);
-  const R* const s = Memory<R>(job, here.n).u(0, here.c);
+  const Rows<R> s = Memory<R>(job, here.n).u(0, here.c, p.nx);
   S* const grad = static_cast<S*>(job.grad_background);
   for_points(Block(), here.box.within(p.ny + 2, p.nx + 2), [&](int row, int column) {
     const int i = row - 1, j = column - 1;
@@ -882,7 +884,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     of.for_neighbours(i, j, [&](int qi, int qj) {
       sum += edge_grads(of, s, i, j, qi, qj).by_bg;
       if (inner || !of.domain(qi, qj)) return;
-      sum += s[qi * p.nx + qj];
+      sum += s(qi, qj);
       touched = true;
     });
     if (touched) grad[of.image_pixel(i, j)] = (inner ? R(0) : R(grad[of.image_pixel(i, j)])) + sum;
@@ -917,7 +919,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
         R sum = R(0);
         if (job.can_be_open() && of.domain(i, j)) sum = R(memory.mean(c));
         of.for_neighbours(i, j, [&](int qi, int qj) {
-          const EdgeSlopes<R> slopes = edge_grads(of, memory.u(0, c), i, j, qi, qj);
+          const EdgeSlopes<R> slopes = edge_grads(of, memory.u(0, c, p.nx), i, j, qi, qj);
           sum += slopes.by_fg;
           weight += slopes.by_weight;
         });
