@@ -170,11 +170,13 @@ struct Nine {
         if (di != 0 || dj != 0) sum += entry(here, 0, 0, di, dj) * u(i + di, j + dj);
     return b - sum;
   }
-  __device__ R relaxed(const Field<R>& u, int i, int j, R b, int, bool) const {
-    const R centre = entries[at(i, j)];
-    return centre > R(0) ? u(i, j) + R(kCoarseFactor) * (rest(u, i, j, b) / centre - u(i, j)) : R(0);
+  __device__ R relaxed(const Field<R>& u, int i, int j, R b, int colour, bool) const {
+    const R centre = entries[at(i, j)], factor = colour == 3 ? R(1) : R(kCoarseFactor);
+    return centre > R(0) ? u(i, j) + factor * (rest(u, i, j, b) / centre - u(i, j)) : R(0);
   }
+  // After a relaxation: that of the last colour is 0.
   __device__ R residual(const Field<R>& u, int i, int j, R b) const {
+    if (i & j & 1) return R(0);
     return rest(u, i, j, b) - entries[at(i, j)] * u(i, j);
   }
 };
