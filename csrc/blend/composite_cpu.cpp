@@ -450,49 +450,234 @@ S* at(void* data, Index i) {
   return static_cast<S*>(data) + i;
 }
 
-// ---- reading objects, n pixels from (y, x) of the image on
+// ---- reading objects
 
-template <class S>
-void read_mask(const Composite& how, const Placed& o, Index y, Index x, Index n, Real<S>* to) {
-  using R = Real<S>;
-  const S* const mask = at<S>(how.mask, o.first);
-  if (how.sampling == Sampling::shift) {
-    const Index i = y - o.top, from = std::clamp<Index>(o.left - x, 0, n);
-    const Index end = i < 0 || i >= o.h ? from : std::clamp<Index>(o.left + o.w - x, from, n);
-    std::fill(to, to + from, R(0));
-    vectorised(Shares<S>(), mask + (i < 0 || i >= o.h ? 0 : i * o.w + x + from - o.left), to + from, end - from);
-    std::fill(to + end, to + n, R(0));
-    return;
+// What pixels of a row of the image read of an object, as in composite_math.h: the rows and columns of four pixels, and
+// what these count for the mask, and for colours that go on beyond the edge.
+template <class R>
+struct Spots {
+  std::int32_t *y[2], *x[2];
+  R *mask_y[2], *mask_x[2], *colour_y[2], *colour_x[2];
+};
+
+// Places within an axis of n pixels or just outside; behind the horizon, kBehind.
+constexpr double kBehind = -3, kOutside = -2;
+
+struct Locate {
+  FN_BODY void operator()(const Placed* o, Index row, Index column, double* to_y, double* to_x, Index n) const {
+    const double* const m = o->inverse;
+    const double y = double(row), by_x = m[1] * y + m[2], by_y = m[4] * y + m[5], by_depth = m[7] * y + m[8];
+    const double m0 = m[0], m3 = m[3], m6 = m[6], end_y = double(o->h) + 1, end_x = double(o->w) + 1;
+    const auto first = std::int32_t(column);
+#pragma omp simd
+    for (std::int32_t k = 0; k < std::int32_t(n); ++k) {
+      const double x = double(first + k), depth = m6 * x + by_depth, scale = 1 / depth;
+      double at_y = (m3 * x + by_y) * scale, at_x = (m0 * x + by_x) * scale;
+      at_y = at_y > kOutside ? at_y : kOutside;  // a NaN too
+      at_x = at_x > kOutside ? at_x : kOutside;
+      at_y = at_y < end_y ? at_y : end_y;
+      at_x = at_x < end_x ? at_x : end_x;
+      to_y[k] = depth > 0 ? at_y : kBehind;
+      to_x[k] = depth > 0 ? at_x : kBehind;
+    }
   }
-  for (Index k = 0; k < n; ++k) to[k] = mask_at<S>(how, o, y, x + k);
+};
+
+// One axis of `count` pixels.
+template <class R, bool nearest>
+struct Share {
+  FN_BODY void operator()(const double* at, Index count, std::int32_t* low, std::int32_t* high, R* mask_low,
+                          R* mask_high, R* colour_low, R* colour_high, Index n) const {
+    const auto last = std::int32_t(count) - 1;
+    const auto size = std::uint32_t(count);
+#pragma omp simd
+    for (Index k = 0; k < n; ++k) {
+      const double base = std::floor(nearest ? at[k] + 0.5 : at[k]);
+      const auto first = std::int32_t(base), second = nearest ? first : first + 1;
+      const R part = nearest ? R(0) : R(at[k] - base), rest = R(1) - part;
+      const R ahead = at[k] > (kBehind + kOutside) / 2 ? R(1) : R(0);
+      const std::int32_t low_in = std::min(std::max(first, 0), last), high_in = std::min(std::max(second, 0), last);
+      low[k] = low_in;
+      high[k] = high_in;
+      // Asked so that it is no case of the clamp above: of cases GCC makes masked stores, slow on AMD's processors.
+      mask_low[k] = rest * R(std::int32_t(std::uint32_t(first) < size));
+      mask_high[k] = part * R(std::int32_t(std::uint32_t(second) < size));
+      colour_low[k] = rest * ahead;
+      colour_high[k] = part * ahead;
+    }
+  }
+};
+
+// What counts nothing may be a NaN.
+template <class R, class V>
+FN_BODY R counted(R share, V value) {
+  if constexpr (std::is_same_v<V, Byte>) return share * R(load(value));
+  return share != 0 ? share * R(load(value)) : R(0);
 }
 
-// to [planes, n * step].
 template <class S>
-void read_colours(const Composite& how, const Placed& o, Index y, Index x, Index n, Real<S>* to) {
+struct GatherMask {
   using R = Real<S>;
-  const Layout layout(how);
-  const S* const pixels = at<S>(how.pixels, o.first * how.C);
-  if (is_copied(how)) {
-    for (Index p = 0; p < layout.planes; ++p)
-      vectorised(Widen<S>(), pixels + (p * o.h * o.w + (y - o.top) * o.w + x - o.left) * layout.step,
-                 to + p * n * layout.step, n * layout.step);
-    return;
+  FN_BODY void operator()(const S* mask, Index w, Spots<R> at, R* to, Index n) const {
+    const R opaque = std::is_same_v<S, Byte> ? R(255) : R(1);
+    for (Index k = 0; k < n; ++k) {
+      const R low = at.mask_y[0][k], high = at.mask_y[1][k], left = at.mask_x[0][k], right = at.mask_x[1][k];
+      const S *const above = mask + at.y[0][k] * w, *const below = mask + at.y[1][k] * w;
+      const std::int32_t i = at.x[0][k], j = at.x[1][k];
+      if constexpr (std::is_same_v<S, Byte>) {
+        if ((above[i] | above[j] | below[i] | below[j]) == 0) {  // much of a cut-out
+          to[k] = 0;
+          continue;
+        }
+      }
+      to[k] = (counted(low * left, above[i]) + counted(low * right, above[j]) + counted(high * left, below[i]) +
+               counted(high * right, below[j])) /
+              opaque;
+    }
   }
-  const bool clamped = colour_clamped(how);
+};
+
+// One plane, of `step` values a pixel.
+template <class S>
+struct GatherColours {
+  using R = Real<S>;
+  FN_BODY void operator()(const S* pixels, Index w, Index step, Spots<R> at, R* to, Index n) const {
+    for (Index k = 0; k < n; ++k) {
+      const R low = at.colour_y[0][k], high = at.colour_y[1][k], left = at.colour_x[0][k], right = at.colour_x[1][k];
+      const S *const above = pixels + at.y[0][k] * w * step, *const below = pixels + at.y[1][k] * w * step;
+      const Index i = at.x[0][k] * step, j = at.x[1][k] * step;
+      for (Index s = 0; s < step; ++s)
+        to[k * step + s] = counted(low * left, above[i + s]) + counted(low * right, above[j + s]) +
+                           counted(high * left, below[i + s]) + counted(high * right, below[j + s]);
+    }
+  }
+};
+
+// Three bytes a pixel, read four at a time: `last` pixels from the first there must be one more.
+#if defined(__x86_64__)
+FN_TARGET_AVX2 FN_BODY __m128 three_at(const Byte* at) {
+  std::int32_t word;
+  std::memcpy(&word, at, sizeof word);
+  return _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(word)));
+}
+// `to` has room for one value more.
+FN_TARGET_AVX2 inline void gather3_avx2(const Byte* pixels, Index w, Spots<float> at, float* to, Index n) {
   for (Index k = 0; k < n; ++k) {
-    const Reading<R> r = reading<R>(how, o, y, x + k, clamped);
-    for (Index c = 0; c < how.C; ++c) to[how.channels_last ? k * how.C + c : c * n + k] = colour_at<S>(how, o, r, c);
+    const float low = at.colour_y[0][k], high = at.colour_y[1][k], left = at.colour_x[0][k], right = at.colour_x[1][k];
+    const Byte *const above = pixels + at.y[0][k] * w * 3, *const below = pixels + at.y[1][k] * w * 3;
+    const Index i = at.x[0][k] * 3, j = at.x[1][k] * 3;
+    __m128 sum = _mm_mul_ps(_mm_set1_ps(low * left), three_at(above + i));
+    sum = _mm_fmadd_ps(_mm_set1_ps(low * right), three_at(above + j), sum);
+    sum = _mm_fmadd_ps(_mm_set1_ps(high * left), three_at(below + i), sum);
+    _mm_storeu_ps(to + 3 * k, _mm_fmadd_ps(_mm_set1_ps(high * right), three_at(below + j), sum));
   }
 }
+#endif
+
+// Rows of an object as they lie on the image: n pixels from (y, x) on.
+template <class S>
+class Reader {
+ public:
+  using R = Real<S>;
+
+  Reader(const Composite& how, const Placed& o) : how_(how), o_(o), layout_(how) {}
+
+  void mask(Index y, Index x, Index n, R* to) {
+    const S* const mask = at<S>(how_.mask, o_.first);
+    if (how_.sampling == Sampling::shift) {
+      const Index i = y - o_.top, from = std::clamp<Index>(o_.left - x, 0, n);
+      const bool is_in = i >= 0 && i < o_.h;
+      const Index end = is_in ? std::clamp<Index>(o_.left + o_.w - x, from, n) : from;
+      std::fill(to, to + from, R(0));
+      if (end > from) vectorised(Shares<S>(), mask + i * o_.w + x + from - o_.left, to + from, end - from);
+      std::fill(to + end, to + n, R(0));
+      return;
+    }
+    vectorised(GatherMask<S>(), mask, o_.w, spots(y, x, n), to, n);
+  }
+
+  // to [planes, n * step] and room for one value more. Where `alpha` is given and 0 they may stay what they are.
+  void colours(Index y, Index x, Index n, const R* alpha, R* to) {
+    const S* const pixels = at<S>(how_.pixels, o_.first * how_.C);
+    const Index step = layout_.step, plane = o_.h * o_.w;
+    if (is_copied(how_)) {
+      for (Index p = 0; p < layout_.planes; ++p)
+        vectorised(Widen<S>(), pixels + (p * plane + (y - o_.top) * o_.w + x - o_.left) * step, to + p * n * step,
+                   n * step);
+      return;
+    }
+    Index from = 0, end = n;
+    if (alpha != nullptr) {
+      while (from < end && alpha[from] == 0) ++from;
+      while (from < end && alpha[end - 1] == 0) --end;
+    }
+    Spots<R> at = shifted(spots(y, x, n), from);
+    if (!colour_clamped(how_)) {
+      std::copy_n(at.mask_y, 2, at.colour_y);
+      std::copy_n(at.mask_x, 2, at.colour_x);
+    }
+#if defined(__x86_64__)
+    if constexpr (std::is_same_v<S, Byte>)
+      if (step == 3 && simd() != Simd::generic && o_.first + plane < how_.P)
+        return gather3_avx2(pixels, o_.w, at, to + from * step, end - from);
+#endif
+    for (Index p = 0; p < layout_.planes; ++p)
+      vectorised(GatherColours<S>(), pixels + p * plane, o_.w, step, at, to + (p * n + from) * step, end - from);
+  }
+
+ private:
+  const Composite& how_;
+  const Placed& o_;
+  Layout layout_;
+  std::vector<double> at_;
+  std::vector<std::int32_t> places_;
+  std::vector<R> shares_;
+  Index y_ = 0, x_ = 0, n_ = -1;  // of the spots that are there
+
+  static Spots<R> shifted(Spots<R> at, Index by) {
+    for (int i = 0; i < 2; ++i) {
+      at.y[i] += by, at.x[i] += by;
+      at.mask_y[i] += by, at.mask_x[i] += by, at.colour_y[i] += by, at.colour_x[i] += by;
+    }
+    return at;
+  }
+
+  void share(const double* at, Index count, std::int32_t* const* pixel, R* const* mask, R* const* colour, Index n) {
+    if (how_.sampling == Sampling::bilinear)
+      vectorised(Share<R, false>(), at, count, pixel[0], pixel[1], mask[0], mask[1], colour[0], colour[1], n);
+    else
+      vectorised(Share<R, true>(), at, count, pixel[0], pixel[1], mask[0], mask[1], colour[0], colour[1], n);
+  }
+
+  Spots<R> spots(Index y, Index x, Index n) {
+    places_.resize(std::size_t(4 * n));
+    shares_.resize(std::size_t(8 * n));
+    Spots<R> to;
+    for (int i = 0; i < 2; ++i) {
+      to.y[i] = places_.data() + i * n;
+      to.x[i] = places_.data() + (2 + i) * n;
+      to.mask_y[i] = shares_.data() + i * n;
+      to.mask_x[i] = shares_.data() + (2 + i) * n;
+      to.colour_y[i] = shares_.data() + (4 + i) * n;
+      to.colour_x[i] = shares_.data() + (6 + i) * n;
+    }
+    if (y == y_ && x == x_ && n == n_) return to;
+    y_ = y, x_ = x, n_ = n;
+    at_.resize(std::size_t(2 * n));
+    double* const at_y = at_.data();
+    vectorised(Locate(), &o_, y, x, at_y, at_y + n, n);
+    share(at_y, o_.h, to.y, to.mask_y, to.colour_y, n);
+    share(at_y + n, o_.w, to.x, to.mask_x, to.colour_x, n);
+    return to;
+  }
+};
 
 // ---- forward
 
 template <class S>
 struct MaskSource {
-  const Composite* how;
-  const Placed* o;
-  void operator()(Index y, Index x, Index n, Real<S>* to) const { read_mask<S>(*how, *o, y, x, n, to); }
+  Reader<S> reader;
+  void operator()(Index y, Index x, Index n, Real<S>* to) { reader.mask(y, x, n, to); }
 };
 struct FixedSource {
   const Composite* how;
@@ -630,20 +815,20 @@ class Drawing {
   Index any(const Part& p) {
     const Layout layout(p.how);
     const Index width = p.o.seen.width(), x = p.o.seen.x0, length = width * layout.step;
-    Blurred<R, MaskSource<S>> blurred(p.how, p.o, {&p.how, &p.o});
+    Blurred<R, MaskSource<S>> blurred(p.how, p.o, {Reader<S>(p.how, p.o)});
+    Reader<S> reader(p.how, p.o);
     alpha_.resize(std::size_t(width));
-    colours_.resize(std::size_t(width * p.how.C));
+    colours_.resize(std::size_t(width * p.how.C + 1));
     Index count = 0;
     for (Index y = p.from; y < p.to; ++y) {
       const bool feathered = p.how.feather.radius > 0;
-      if (!feathered || p.how.ids != nullptr) read_mask<S>(p.how, p.o, y, x, width, alpha_.data());
-      if (p.how.ids != nullptr)
-        count +=
-            vectorised(Label<R>(), static_cast<const R*>(alpha_.data()), R(0.5), std::int32_t(p.n), p.ids(y), width);
+      if (!feathered || p.how.ids != nullptr) reader.mask(y, x, width, alpha_.data());
+      count += label(p, y, static_cast<const R*>(alpha_.data()), R(0.5));
       if (feathered) blurred.row(y, alpha_.data());
       const R* const alpha = for_channels(layout, static_cast<const R*>(alpha_.data()), width, repeated_);
       const bool in_place = std::is_same_v<S, R> && is_copied(p.how);
-      if (!in_place) read_colours<S>(p.how, p.o, y, x, width, colours_.data());
+      const bool hides = colour_clamped(p.how);  // where alpha is 0
+      if (!in_place) reader.colours(y, x, width, hides ? alpha_.data() : nullptr, colours_.data());
       for (Index c = 0; c < layout.planes; ++c) {
         const R* f = colours_.data() + c * length;
         if constexpr (std::is_same_v<S, R>)
@@ -813,13 +998,14 @@ struct Layer {
   using R = Real<S>;
   const Placed* o;
   Index n;
+  Reader<S> reader;
   Blurred<R, MaskSource<S>> blurred;
   std::vector<R> colour_room, alpha_room, repeated, under_room;
   Planes<const R> colours{}, under{};
   const R* alpha = nullptr;
 
   Layer(const Composite& how, const Placed& placed, Index number)
-      : o(&placed), n(number), blurred(how, placed, {&how, &placed}) {}
+      : o(&placed), n(number), reader(how, placed), blurred(how, placed, {Reader<S>(how, placed)}) {}
 
   bool is_on(Index y) const { return o->seen.y0 <= y && y < o->seen.y1; }
 
@@ -835,13 +1021,13 @@ struct Layer {
     else if (in_place)
       shares = at<R>(how.mask, o->first + row * o->w + column);
     else
-      read_mask<S>(how, *o, y, x, width, alpha_room.data());
+      reader.mask(y, x, width, alpha_room.data());
     alpha = for_channels(layout, shares, width, repeated);
     if (in_place) {
       colours = {at<R>(how.pixels, layout.object(*o, how.C, 0, row, column)), o->h * o->w};
     } else {
-      colour_room.resize(std::size_t(width * how.C));
-      read_colours<S>(how, *o, y, x, width, colour_room.data());
+      colour_room.resize(std::size_t(width * how.C + 1));
+      reader.colours(y, x, width, nullptr, colour_room.data());
       colours = {colour_room.data(), length};
     }
     const Planes<S> below{image.first + x * layout.step, image.stride};
@@ -1060,12 +1246,14 @@ class ObjectBackward {
     const R* const given = gradients_.colours(n_);
     const bool clamped = colour_clamped(f_);
     const Index width = o_.seen.width(), height = o_.seen.height();
-    for (Index y = o_.seen.y0; y < o_.seen.y1; ++y)
-      for (Index x = o_.seen.x0; x < o_.seen.x1; ++x) {
-        const Index k = (y - o_.seen.y0) * width + x - o_.seen.x0;
-        const auto by = [&](Index p, Index s) { return given[(p * height * width + k) * layout_.step + s]; };
-        spread(y, x, clamped, values, to, by, [](S value) { return load(value); }, layout_.planes, layout_.step);
-      }
+    vectorised([&]() __attribute__((always_inline)) {
+      for (Index y = o_.seen.y0; y < o_.seen.y1; ++y)
+        for (Index x = o_.seen.x0; x < o_.seen.x1; ++x) {
+          const Index k = (y - o_.seen.y0) * width + x - o_.seen.x0;
+          const auto by = [&](Index p, Index s) { return given[(p * height * width + k) * layout_.step + s]; };
+          spread(y, x, clamped, values, to, by, [](S value) { return load(value); }, layout_.planes, layout_.step);
+        }
+    });
   }
 
   // What is drawn one for one has its derivatives already, but for what lies outside the image.

@@ -98,7 +98,7 @@ struct Placed {
   Box box;            // where it is drawn, with what lies outside the image
   Box seen;           // of that, what lies inside
   Index top, left;    // of its first pixel, if it is shifted
-  double inverse[9];  // else: from the image's (x, y, 1) to the object's
+  double inverse[9];  // from the image's (x, y, 1) to the object's
 };
 
 // False if there is no inverse.
@@ -160,6 +160,9 @@ FN_HD Placed placed(const Composite& how, Index n) {
     o.top = smaller(larger(how.place[2 * n], -kFar), kFar);
     o.left = smaller(larger(how.place[2 * n + 1], -kFar), kFar);
     o.box = {o.top, o.left, o.top + o.h, o.left + o.w};
+    o.inverse[0] = o.inverse[4] = o.inverse[8] = 1;
+    o.inverse[2] = -double(o.left);
+    o.inverse[5] = -double(o.top);
   } else {
     if (!invert(how.matrix + 9 * n, o.inverse)) return o;
     o.box = outline(how.matrix + 9 * n, o.h, o.w, image);
@@ -188,10 +191,11 @@ struct Spot {
   double y, x, depth;  // depth: what the homography divides by; not above 0 is behind the horizon
 };
 
-FN_HD Spot spot(const double* inverse, Index y, Index x) {
-  const double depth = inverse[6] * double(x) + inverse[7] * double(y) + inverse[8], scale = 1 / depth;
-  return {(inverse[3] * double(x) + inverse[4] * double(y) + inverse[5]) * scale,
-          (inverse[0] * double(x) + inverse[1] * double(y) + inverse[2]) * scale, depth};
+FN_HD Spot spot(const double* inverse, Index row, Index column) {
+  const double y = double(row), x = double(column);
+  const double depth = inverse[6] * x + (inverse[7] * y + inverse[8]), scale = 1 / depth;
+  return {(inverse[3] * x + (inverse[4] * y + inverse[5])) * scale,
+          (inverse[0] * x + (inverse[1] * y + inverse[2])) * scale, depth};
 }
 
 // Two neighbours on an axis of n pixels and what each counts; `slope` is the derivative of the second one's share.
@@ -236,8 +240,7 @@ struct Reading {
 
 template <class R>
 FN_HD Reading<R> reading(const Composite& how, const Placed& o, Index y, Index x, bool clamped) {
-  Spot at{double(y - o.top), double(x - o.left), 1};
-  if (how.sampling != Sampling::shift) at = spot(o.inverse, y, x);
+  Spot at = spot(o.inverse, y, x);
   if (!(at.depth > 0)) at = {-2, -2, 1}, clamped = false;
   return {axis_of<R>(how.sampling, at.y, o.h, clamped), axis_of<R>(how.sampling, at.x, o.w, clamped), at.depth, at.y,
           at.x};
