@@ -369,6 +369,15 @@ def test_cycles_stop_when_the_error_is_small(shared):
     assert errors[4] < (enough - expected).abs().max() * 255 <= info[0] <= 0.25
 
 
+@pytest.mark.parametrize("mask", [noise(37, 68), ones(40, 65)], ids=["islands", "full"])
+@pytest.mark.parametrize("cycles", [0, 1])
+def test_tiles_are_the_whole_level(cycles, mask):
+    """A rim that is too narrow shows before convergence. Seen: the same bits."""
+    case = Case([Pasted(mask, 1, 2)], (42, 71), guidance="mixed")
+    found = [case.blend(shared, 1e-9, max_cycles=cycles)[0] for shared in SHARED.values()]
+    assert (found[0] - found[1]).abs().max() < 1e-13
+
+
 @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 def test_rows_that_name_nothing_and_values_not_finite(shared):
     case = Case([Pasted(ones(20, 22), 2, 3, k) for k in range(7)], (30, 30), images=7)
