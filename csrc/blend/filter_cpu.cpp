@@ -82,9 +82,10 @@ FN_BODY void add_parts(const float* const* row, const Taps& taps, Index n, float
 
 // Sums of `count` bytes each, 2 to 15, become their means, to nearest, ties to even. A quotient s / d by multiplication
 // with 2^16 / d rounded up is exact for s < 2^16 / d, and s stays below 256 d.
+template <bool even>
 FN_BODY void divide_sums(const std::uint16_t* sum, int count, Index n, std::uint8_t* out) {
   constexpr int kStep = 32;
-  const std::uint16_t half = std::uint16_t(count / 2), divisor = std::uint16_t(count), even = count % 2 == 0;
+  const std::uint16_t half = std::uint16_t(count / 2), divisor = std::uint16_t(count);
   std::uint16_t inverse[kStep];  // one for each: so GCC sees the multiplication that gives the upper half
   std::fill_n(inverse, kStep, std::uint16_t((65536 + count - 1) / count));
   for (Index i = 0; i < n; i += kStep) {
@@ -94,8 +95,8 @@ FN_BODY void divide_sums(const std::uint16_t* sum, int count, Index n, std::uint
     for (int j = 0; j < kStep; ++j) {
       const std::uint16_t up = std::uint16_t(sum[i + j] + half);
       const std::uint16_t quotient = std::uint16_t((std::uint32_t(up) * std::uint32_t(inverse[j])) >> 16);
-      // Nothing left over: the sum was half way, and the quotient is the upper one of two.
-      const std::uint16_t tie = std::uint16_t(quotient * divisor) == up ? even : std::uint16_t(0);
+      // Nothing left over: the sum of an even number was half way, and the quotient is the upper one of two.
+      const std::uint16_t tie = even && std::uint16_t(quotient * divisor) == up;
       to[j] = std::uint8_t(quotient - (tie & quotient));
     }
     if (to == last) std::memcpy(out + i, last, std::size_t(n - i));
@@ -169,7 +170,10 @@ struct Band {
     const int count = how.taps.count;
     if constexpr (sum == Sum::bytes) {
       add_taps<false>(row, weight, count, n, made);
-      divide_sums(made, count, n, out);
+      if (count % 2 == 0)
+        divide_sums<true>(made, count, n, out);
+      else
+        divide_sums<false>(made, count, n, out);
     } else if constexpr (sum == Sum::products) {
       add_parts(row, how.taps, n, made);
 #pragma omp simd

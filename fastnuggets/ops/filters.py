@@ -92,17 +92,20 @@ def motion_blur(
     batch, squeeze = _batch(image, channels_last)
     number, value = _border(border, image)
     before = tuple(sorted(used))
+    taps: Sequence[int]
     if any(isinstance(given, (list, tuple)) for given in (length, angle, kind)):
         lists = {"length": length, "angle": angle, "kind": kind}
         columns = [_for_each(name, given, len(batch)) for name, given in lists.items()]
         kernels = [_kernel_taps(*row, before) for row in zip(*columns, strict=True)]
+        counts = [len(kernel) // 4 for kernel in kernels]
+        ptr = [0, *accumulate(counts)]
+        taps = list(chain.from_iterable(kernels))
     else:
-        kernels = [_kernel_taps(length, angle, kind, before)]  # type: ignore[arg-type]
-    counts = [len(taps) // 4 for taps in kernels]
-    ptr = [0, *accumulate(counts)]
-    taps = list(chain.from_iterable(kernels))
+        taps = _kernel_taps(length, angle, kind, before)
+        counts = [len(taps) // 4]
+        ptr = [0, *counts]
     rounding = _TRUNCATE if truncate else _NEAREST
-    out = _OPS.filter_taps(batch, taps, ptr, counts, number, value, rounding, False, channels_last)
+    out: Tensor = _OPS.filter_taps(batch, taps, ptr, counts, number, value, rounding, False, channels_last)
     return out[0] if squeeze else out
 
 
@@ -193,7 +196,9 @@ def filter_taps(
     batch, squeeze = _batch(image, channels_last)
     number, value = _border(border, image)
     flat = [n for dy, dx, weight in taps for n in (dy, dx, weight, 0)]
-    out = _OPS.filter_taps(batch, flat, [0, len(taps)], [divisor], number, value, _NEAREST, False, channels_last)
+    out: Tensor = _OPS.filter_taps(
+        batch, flat, [0, len(taps)], [divisor], number, value, _NEAREST, False, channels_last
+    )
     return out[0] if squeeze else out
 
 
@@ -257,7 +262,7 @@ def multiband_blend(
     size = under.shape[1:3] if channels_last else under.shape[2:]
     if mask.shape[-2:] != size or mask.dim() not in (2, 3) or (mask.dim() == 3 and len(mask) != len(under)):
         raise ValueError(f"mask: expected {(len(under), *size)} or {tuple(size)}, got {tuple(mask.shape)}")
-    out = _OPS.multiband_blend(under, over, mask.expand(len(under), *size), levels, channels_last)
+    out: Tensor = _OPS.multiband_blend(under, over, mask.expand(len(under), *size), levels, channels_last)
     return out[0] if squeeze else out
 
 

@@ -1,8 +1,9 @@
-"""Filters by their definitions: sums of shifted images, pyramids as matrices, and the blend of two Laplacian pyramids."""
+"""Filters by their definitions: sums of shifted images, pyramids as matrices, a blend of two Laplacian pyramids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,14 +55,16 @@ def pyr_up(image: Tensor, size: Sequence[int]) -> Tensor:
     return _up_matrix(h, size[0]).to(image) @ image @ _up_matrix(w, size[1]).to(image).T
 
 
+@lru_cache
 def _down_matrix(n: int) -> Tensor:
     matrix = torch.zeros((n + 1) // 2, n, dtype=torch.float64)
     for j in range(len(matrix)):
         for k, weight in enumerate(BINOMIAL):
-            matrix[j, _found(torch.tensor(2 * j + k - 2), n, "reflect")] += weight / 16
+            matrix[j, _reflected(2 * j + k - 2, n)] += weight / 16
     return matrix
 
 
+@lru_cache
 def _up_matrix(n: int, size: int) -> Tensor:
     """Zeros between the samples, the filter, twice: of 2 n samples reflected as OpenCV does it, of which n - 1 is the
     last."""
@@ -70,8 +73,12 @@ def _up_matrix(n: int, size: int) -> Tensor:
         for k, weight in enumerate(BINOMIAL):
             e = x + k - 2
             if e % 2 == 0:
-                matrix[x, _found(torch.tensor(e), 2 * n, "reflect") // 2] += weight / 8
+                matrix[x, _reflected(e, 2 * n) // 2] += weight / 8
     return matrix
+
+
+def _reflected(i: int, n: int) -> int:
+    return int(_found(torch.tensor(i), n, "reflect"))
 
 
 def multiband_blend(background: Tensor, foreground: Tensor, mask: Tensor, levels: int) -> Tensor:
