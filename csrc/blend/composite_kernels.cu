@@ -26,7 +26,7 @@ struct Laid {
   Index start;
 };
 
-__global__ void __launch_bounds__(kThreads) lay_out(const __grid_constant__ Composite how, Laid* laid) {
+__global__ void __launch_bounds__(kThreads, 1) lay_out(const __grid_constant__ Composite how, Laid* laid) {
   for (Index n = threadIdx.x; n < how.N; n += kThreads) {
     laid[n].o = placed(how, n);
     laid[n].within = reach(how, laid[n].o);
@@ -306,7 +306,7 @@ __device__ R share_in(const Axis<R>& axis, Index i) {
 // Each value of each object's pixels, or of its mask: a thread sums what the pixels of the image that read it have for
 // it. An object may be there more than once.
 template <class S, bool colours>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     gather(const __grid_constant__ CompositeBackward how, const Laid* laid, const Derivatives<Real<S>> by) {
   using R = Real<S>;
   const Composite& f = how.forward;
@@ -351,7 +351,7 @@ __device__ void add_reading(const Reading<R>& r, Index w, Index y, Index x, R g,
 
 // A block an object.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     by_matrix(const __grid_constant__ CompositeBackward how, const Laid* laid, const Derivatives<Real<S>> by) {
   using R = Real<S>;
   FN_SHARED(double[kThreads][9], all);

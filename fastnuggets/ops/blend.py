@@ -160,10 +160,14 @@ def composite(
     result, and any NaN into the gradients of what multiplies it. A matrix that is not finite or has no inverse draws
     nothing, and has gradient 0.
 
+    Which objects are drawn, and in what order, is ``sizes`` alone: ``objects._replace(sizes=objects.sizes[[3, 0, 0]])``
+    draws object 3 and object 0 twice; gradients add up.
+
     Differentiable once in background, objects, masks, position, scale, angle and matrix; a second derivative is an
     error. The box moves by whole pixels, and that has no derivative. Deterministic: the same bits for any number of
     threads. Does not synchronise and can be captured in a CUDA graph if what is given is on the device already:
-    numbers and lists are copied there.
+    numbers and lists are copied there. The backward pass of resampled objects takes scratch on CUDA: for each object,
+    about 8 + 8 C bytes for each pixel of the image (float32), since the host does not know where it lies.
 
     D. Dwibedi, I. Misra, M. Hebert, Cut, Paste and Learn, ICCV 2017, arXiv:1708.01642; T. Porter, T. Duff, Compositing
     Digital Images, SIGGRAPH 1984.
@@ -277,18 +281,17 @@ def _matrices(
 ) -> Tensor:
     """[N, 3, 3] float64: the object's centre goes to the middle of its rectangle at the position."""
     one = torch.ones(sizes.size(0), dtype=torch.float64, device=sizes.device)
-    factor = one if scale is None else _each("scale", scale, one)
-    turn = torch.deg2rad(0 * one if angle is None else _each("angle", angle, one))
+    cos = one if scale is None else _each("scale", scale, one)
+    sin = torch.zeros_like(one)
+    if angle is not None:
+        turn = torch.deg2rad(_each("angle", angle, one))
+        cos, sin = cos * turn.cos(), cos * turn.sin()
     side = one if flip is None else 1 - 2 * _each("flip", flip, one)
-    y, x = position.to(torch.float64).unbind(1)
-    centre_y, centre_x = ((sizes[:, 1:] - 1) / 2).to(torch.float64).unbind(1)
-    cos, sin, zero = factor * turn.cos(), factor * turn.sin(), 0 * one
-    rows = (
-        (side * cos, sin, y * 0 + x + centre_x - side * cos * centre_x - sin * centre_y),
-        (-side * sin, cos, y + centre_y + side * sin * centre_x - cos * centre_y),
-        (zero, zero, one),
-    )
-    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+    linear = torch.stack([side * cos, sin, -side * sin, cos], 1).view(-1, 2, 2)
+    centre = ((sizes[:, 1:].to(torch.float64) - 1) / 2).flip(1)[:, :, None]  # x, y
+    shift = position.to(torch.float64).flip(1)[:, :, None] + centre - linear @ centre
+    bottom = torch.zeros_like(linear[:, :1]), one[:, None, None]
+    return torch.cat([torch.cat([linear, shift], 2), torch.cat(bottom, 2)], 1)
 
 
 def _exact(values: Sequence[Sequence[float]] | Sequence[float] | float) -> Tensor:
