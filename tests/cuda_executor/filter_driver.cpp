@@ -1,5 +1,5 @@
-// filter_kernels.cu for ctypes, with filter.h's own structs: device pointers are pointers, the stream is none. Scratch is
-// not a number larger than asked for, and begins as not a number.
+// filter_kernels.cu for ctypes, with filter.h's own structs: device pointers are pointers, the stream is none. Scratch
+// is not a number larger than asked for, and begins as not a number.
 #include <cstring>
 #include <memory>
 
