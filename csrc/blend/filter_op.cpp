@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "blend/filter_math.h"
+#include "common/cpu.h"
 #include "common/op.h"
 
 namespace fastnuggets::filter {
@@ -107,6 +108,13 @@ Taps taps_of(const char* op, at::IntArrayRef taps, std::int64_t divisor, bool by
   return made;
 }
 
+// Fresh memory on the CPU costs more in page faults than in filtering.
+at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Tensor made = at::empty(sizes, options);
+  if (made.is_cpu()) ask_for_huge_pages(made.mutable_data_ptr(), made.nbytes());
+  return made;
+}
+
 at::Tensor filter_taps(const at::Tensor& image, FN_TAPS) {
   constexpr const char* kOp = "filter_taps";
   FilterTaps how{};
@@ -131,7 +139,7 @@ at::Tensor filter_taps(const at::Tensor& image, FN_TAPS) {
   for (std::int64_t g = 0; g < groups; ++g)
     every.push_back(taps_of(kOp, taps.slice(kNumbers * ptr[g], kNumbers * (ptr[g + 1] - ptr[g])), divisors[g], bytes,
                             how.rounding == Rounding::truncate));
-  const at::Tensor in = image.contiguous(), out = at::empty(image.sizes(), image.options());
+  const at::Tensor in = image.contiguous(), out = fresh(image.sizes(), image.options());
   if (out.numel() == 0) return out;
   const c10::OptionalDeviceGuard device(image.device());
   const char* const from = static_cast<const char*>(in.const_data_ptr());
@@ -162,7 +170,7 @@ at::Tensor pyramid_step(const at::Tensor& image, std::int64_t step, std::int64_t
   auto sizes = image.sizes().vec();
   sizes[sizes.size() - 2] = h;
   sizes[sizes.size() - 1] = w;
-  const at::Tensor in = full(image).contiguous(), out = at::empty(sizes, in.options());
+  const at::Tensor in = full(image).contiguous(), out = fresh(sizes, in.options());
   if (out.numel() > 0) {
     const c10::OptionalDeviceGuard device(image.device());
     kernels(image).step({Step(step), in.numel() / (in_h * in_w), in_h, in_w, h, w, in.const_data_ptr(),
@@ -197,13 +205,13 @@ struct Blend {
 
   at::Tensor scratch(Parts parts) const {
     const auto type = how.dtype == Dtype::float64 ? at::kDouble : at::kFloat;
-    return at::empty({multiband_scratch(how.shape, parts, how.levels)}, background.options().dtype(type));
+    return fresh({multiband_scratch(how.shape, parts, how.levels)}, background.options().dtype(type));
   }
 };
 
 at::Tensor multiband_blend(FN_MULTIBAND) {
   Blend blend("multiband_blend", background, foreground, mask, levels, channels_last);
-  const at::Tensor out = at::empty(background.sizes(), blend.background.options());
+  const at::Tensor out = fresh(background.sizes(), blend.background.options());
   if (out.numel() > 0) {
     const c10::OptionalDeviceGuard device(background.device());
     const at::Tensor scratch = blend.scratch(kForwardParts);
@@ -223,8 +231,7 @@ Three multiband_blend_backward(const at::Tensor& grad, FN_MULTIBAND, std::array<
   const at::Tensor dense = full(grad).contiguous();
   const std::array<at::Tensor, 3> like{background, foreground, mask};
   std::array<at::Tensor, 3> out;
-  for (std::size_t k = 0; k < 3; ++k)
-    out[k] = at::empty(wanted[k] ? like[k].sizes() : at::IntArrayRef{0}, dense.options());
+  for (std::size_t k = 0; k < 3; ++k) out[k] = fresh(wanted[k] ? like[k].sizes() : at::IntArrayRef{0}, dense.options());
   if (grad.numel() > 0 && (wanted[0] || wanted[1] || wanted[2])) {
     const c10::OptionalDeviceGuard device(grad.device());
     const at::Tensor scratch = blend.scratch(kBackwardParts);

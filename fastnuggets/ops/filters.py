@@ -106,7 +106,7 @@ def motion_blur(
         ptr = [0, *counts]
     rounding = _TRUNCATE if truncate else _NEAREST
     out: Tensor = _OPS.filter_taps(batch, taps, ptr, counts, number, value, rounding, False, channels_last)
-    return out[0] if squeeze else out
+    return out.squeeze(0) if squeeze else out
 
 
 @lru_cache(maxsize=1024)
@@ -199,7 +199,7 @@ def filter_taps(
     out: Tensor = _OPS.filter_taps(
         batch, flat, [0, len(taps)], [divisor], number, value, _NEAREST, False, channels_last
     )
-    return out[0] if squeeze else out
+    return out.squeeze(0) if squeeze else out
 
 
 # --- pyramids ---------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def multiband_blend(
     if mask.shape[-2:] != size or mask.dim() not in (2, 3) or (mask.dim() == 3 and len(mask) != len(under)):
         raise ValueError(f"mask: expected {(len(under), *size)} or {tuple(size)}, got {tuple(mask.shape)}")
     out: Tensor = _OPS.multiband_blend(under, over, mask.expand(len(under), *size), levels, channels_last)
-    return out[0] if squeeze else out
+    return out.squeeze(0) if squeeze else out
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def _batch(image: Tensor, channels_last: bool, name: str = "image") -> tuple[Ten
         raise TypeError(f"{name}: expected a tensor, got {type(image).__name__}")
     if image.dim() not in (3, 4):
         raise ValueError(f"{name}: expected [B, {axes}] or [{axes}], got {tuple(image.shape)}")
-    return (image[None], True) if image.dim() == 3 else (image, False)
+    return (image.unsqueeze(0), True) if image.dim() == 3 else (image, False)
 
 
 def _border(border: Border, image: Tensor) -> tuple[int, float]:
