@@ -126,7 +126,7 @@ __device__ Real<S> transposed_taps(const FilterTaps& how, const S* plane, const 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) taps_kernel(const __grid_constant__ FilterTaps how) {
+__global__ void __launch_bounds__(kThreads, 1) taps_kernel(const __grid_constant__ FilterTaps how) {
   const Layout& s = how.shape;
   const S* const image = static_cast<const S*>(how.image);
   S* const out = static_cast<S*>(how.out);
@@ -166,7 +166,7 @@ __device__ R gathered(const AxisTaps& down, const AxisTaps& along, Load load) {
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ PyramidStep how) {
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ PyramidStep how) {
   for_places(how.planes, how.out_h, how.out_w, 1, [&](const Place& at) {
     const R* const plane = static_cast<const R*>(how.in) + at.plane * how.in_h * how.in_w;
     static_cast<R*>(how.out)[at.in(how.out_h, how.out_w, 1)] =
@@ -197,7 +197,7 @@ __device__ Real<S> difference(const LevelArgs<S>& how, Index i) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) down_kernel(const __grid_constant__ LevelArgs<S> how) {
+__global__ void __launch_bounds__(kThreads, 1) down_kernel(const __grid_constant__ LevelArgs<S> how) {
   using R = Real<S>;
   const Layout& s = how.shape;
   const Index h = coarser(s.H), w = coarser(s.W);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const __grid_constant__ 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) mask_down_kernel(const __grid_constant__ LevelArgs<S> how) {
+__global__ void __launch_bounds__(kThreads, 1) mask_down_kernel(const __grid_constant__ LevelArgs<S> how) {
   using R = Real<S>;
   const Layout& s = how.shape;
   const Index h = coarser(s.H), w = coarser(s.W);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) mask_down_kernel(const __grid_consta
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) collapse_kernel(const __grid_constant__ LevelArgs<S> how) {
+__global__ void __launch_bounds__(kThreads, 1) collapse_kernel(const __grid_constant__ LevelArgs<S> how) {
   using R = Real<S>;
   const Layout& s = how.shape;
   const Index h = coarser(s.H), w = coarser(s.W);
@@ -255,7 +255,7 @@ struct GradDown {
 };
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) grad_down_kernel(const __grid_constant__ GradDown<R> how) {
+__global__ void __launch_bounds__(kThreads, 1) grad_down_kernel(const __grid_constant__ GradDown<R> how) {
   const Layout& s = how.shape;
   const Index h = coarser(s.H), w = coarser(s.W);
   for_places(s.B * s.P, h, w, s.I, [&](const Place& at) {
@@ -292,7 +292,7 @@ __device__ R expanded(const R* coarse, Step step, const Place& at, const Layout&
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) finish_image_kernel(const __grid_constant__ Finish<R> how) {
+__global__ void __launch_bounds__(kThreads, 1) finish_image_kernel(const __grid_constant__ Finish<R> how) {
   const Layout& s = how.shape;
   for_places(s.B * s.P, s.H, s.W, s.I, [&](const Place& at) {
     const Index i = at.in(s.H, s.W, s.I);
