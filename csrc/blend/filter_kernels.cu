@@ -1,6 +1,6 @@
 // A thread makes one number and gathers what it is made of: a few taps, which neighbouring threads read as well and
 // find in the first cache. Nothing is shared and nothing depends on a schedule. A level of a blend is one launch, whose
-// sizes the host knows.
+// sizes the host knows. Without the second number of __launch_bounds__ ptxas would rather spill than lose a block.
 #include <cstdint>
 #include <type_traits>
 
