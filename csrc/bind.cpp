@@ -2,6 +2,7 @@
 #include <torch/version.h>
 
 #include "average/average_op.h"
+#include "blend/composite_op.h"
 #include "common/cpu.h"
 #include "voxelize/voxelize_op.h"
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("values"));
   m.def("voxelize", &fastnuggets::voxelize, without_gil);
   m.def("voxelize_", &fastnuggets::voxelize_, without_gil);
+  m.def("composite", &fastnuggets::composite::composite_through_dispatcher, without_gil);
   using fastnuggets::average::Plan;
   using Tensors = std::vector<at::Tensor>;
   py::class_<Plan>(m, "AveragePlan")

@@ -38,6 +38,21 @@ def voxelize_(
     cutoff: float,
     filled: Tensor | None,
 ) -> None: ...
+def composite(
+    background: Tensor,
+    pixels: Tensor,
+    mask: Tensor,
+    sizes: Tensor,
+    ptr: Tensor | None,
+    place: Tensor | None,
+    matrix: Tensor | None,
+    mix: int,
+    nearest: bool,
+    taps: list[float],
+    zero_edge: bool,
+    channels_last: bool,
+    labels: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 class AveragePlan:
     def __init__(

@@ -589,7 +589,11 @@ class Reader {
       const bool is_in = i >= 0 && i < o_.h;
       const Index end = is_in ? std::clamp<Index>(o_.left + o_.w - x, from, n) : from;
       std::fill(to, to + from, R(0));
-      if (end > from) vectorised(Shares<S>(), mask + i * o_.w + x + from - o_.left, to + from, end - from);
+      const S* const row = mask + i * o_.w + x - o_.left;
+      if constexpr (std::is_same_v<S, R>)
+        std::copy(row + from, row + end, to + from);
+      else if (end > from)
+        vectorised(Shares<S>(), row + from, to + from, end - from);
       std::fill(to + end, to + n, R(0));
       return;
     }
@@ -848,8 +852,8 @@ std::vector<Placed> placed_all(const Composite& how) {
 
 // Rows of an image that one thread takes at a time: few enough to stay in the cache.
 Index band_rows(const Composite& how, std::size_t bytes) {
-  constexpr Index kBytes = 48 * 1024;
-  return std::clamp<Index>(kBytes / std::max<Index>(1, how.W * how.C * Index(bytes)), 8, 256);
+  constexpr Index kBytes = 192 * 1024;
+  return std::clamp<Index>(kBytes / std::max<Index>(1, how.W * how.C * Index(bytes)), 16, 64);
 }
 
 // Calls body(image, first row, end) in parallel.

@@ -235,6 +235,12 @@ Three composite_autograd(FN_OBJECTS, FN_RULE, bool labels) {
 
 }  // namespace
 
+Three composite_through_dispatcher(FN_OBJECTS, std::int64_t mix, bool nearest, const std::vector<double>& taps,
+                                   bool zero_edge, bool channels_last, bool labels) {
+  return call_composite(background, pixels, mask, sizes, ptr, place, matrix, mix, nearest, taps, zero_edge,
+                        channels_last, labels);
+}
+
 #define FN_SCHEMA                                                                                                      \
   "Tensor background, Tensor pixels, Tensor mask, Tensor sizes, Tensor? ptr, Tensor? place, Tensor? matrix, int mix, " \
   "bool nearest, float[] taps, bool zero_edge, bool channels_last"

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastnuggets import _C
+
 # The order of these is that of the enum in csrc/blend/composite.h, premultiplied ones after the others.
 _MIXES = {"none": 0, "gaussian": 0, "box": 0, "difference": 1}
 _PREMULTIPLIED = 2
@@ -178,7 +180,9 @@ def composite(
     place, forward = _where(packed, position, scale, angle, flip, matrix)
     if ptr is not None and not isinstance(ptr, Tensor):
         ptr = _to(torch.tensor(ptr, dtype=torch.int64), background.device)
-    image, ids, area = _OPS.composite(
+    # The binding costs less a call; the compiler needs the registered op.
+    op = _OPS.composite if torch.compiler.is_compiling() or not hasattr(_C, "composite") else _C.composite
+    image, ids, area = op(
         background, packed.pixels, packed.mask, packed.sizes, ptr, place, forward, mix,
         _number("interpolation", interpolation, INTERPOLATIONS) == 1, taps, _number("edge", edge, EDGES) == 1,
         channels_last, labels,
