@@ -372,6 +372,18 @@ def test_cycles_stop_when_the_error_is_small(shared):
     assert errors[4] < (enough - expected).abs().max() * 255 <= info[0] <= 0.25
 
 
+@pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+def test_error_is_that_of_the_worst_channel(shared):
+    case = Case([Pasted(disc(20, 22), 2, 3)], (30, 30), channels=3)
+    _, worst = case.blend(shared, 0.25)
+    for same in ([0, 1], [1, 2], [0, 1, 2]):
+        case = Case([Pasted(disc(20, 22), 2, 3)], (30, 30), channels=3)
+        for c in same:
+            case.background[0, c] = case.pixels[0][c] = 0.5
+        info = case.blend(shared, 0.25)[1]
+        assert 0 < info <= worst if len(same) < 3 else info == 0
+
+
 @pytest.mark.parametrize("mask", [noise(37, 68), ones(40, 65)], ids=["islands", "full"])
 @pytest.mark.parametrize("cycles", [0, 1])
 def test_tiles_are_the_whole_level(cycles, mask):
