@@ -1215,12 +1215,12 @@ register(
 
 # Background [B, C, H, W], (image, y, x, h, w) of each object, guidance, soft, channels_last.
 _POISSON: dict[str, tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...], str, bool, bool]] = {
-    "typical": ((2, 2, 6, 7), ((0, 1, 1, 4, 5), (1, -1, 3, 5, 6)), "import", False, False),
+    "typical": ((2, 2, 4, 5), ((0, 1, 1, 2, 3), (1, -1, 2, 4, 4)), "import", False, False),
     "larger": ((3, 3, 8, 9), ((1, 2, 3, 5, 4), (0, 4, 6, 6, 6), (2, -2, -1, 7, 6)), "import", False, False),
     "mixed": ((1, 2, 6, 5), ((0, 1, 1, 4, 3),), "mixed", False, True),
     "average": ((1, 1, 5, 6), ((0, 0, 2, 4, 4),), "average", False, False),
-    "soft": ((2, 2, 5, 6), ((1, 1, 2, 3, 3), (0, -1, -1, 4, 4)), "mixed", True, True),
-    "whole image": ((1, 2, 4, 5), ((0, 0, 0, 4, 5),), "average", True, False),
+    "soft": ((2, 2, 4, 4), ((1, 1, 1, 2, 3), (0, -1, -1, 3, 3)), "mixed", True, True),
+    "whole image": ((1, 1, 4, 5), ((0, 0, 0, 4, 5),), "average", True, False),
     "outside": ((1, 1, 4, 4), ((0, 9, 0, 2, 2),), "import", False, False),
     "one": ((1, 1, 1, 1), ((0, 0, 0, 1, 1),), "import", False, False),
     "empty": ((1, 2, 4, 4), (), "import", False, False),

@@ -2,6 +2,8 @@
 // by one thread in a fixed order, so the bits do not depend on their number.
 #include <ATen/Parallel.h>
 
+#include <atomic>
+
 #include "blend/poisson_cpu_solver.h"
 #include "blend/poisson_op.h"
 
@@ -428,21 +430,32 @@ struct WriteThree {
   }
 };
 
-// image = object + solution in the domain.
+// Whether all that goes into the image is finite.
+template <class S>
+bool finite(const S* from, const std::uint8_t* inside, int n) {
+  bool all = true;
+  if constexpr (std::is_floating_point_v<S>)
+    for (int j = 0; j < n; ++j) all &= !inside[j] || from[j] - from[j] == S(0);
+  return all;
+}
+
+// image = object + solution in the domain. Returns whether it is finite.
 template <class S, class T>
-void write_rows(const Scene& s, const Work<T>& work, void* image, int first, int last, T* rows) {
+bool write_rows(const Scene& s, const Work<T>& work, void* image, int first, int last, T* rows) {
   const int nx = work.place.nx;
   const Index width = width_of(nx);
   const Source<S> object = object_source<S>(s, work.place), to = image_source<S>(s, work.place, image);
   const Row<T> fg{rows, width};
   T* const h = rows + (work.channels + 1) * width;
   S* const out = reinterpret_cast<S*>(h + width);
+  bool all = true;
   for (int i = first; i < last; ++i) {
     const std::uint8_t* const inside = work.grid.level[0].active.row(i);
     read_row(object.start + i * object.row, object.channel, object.column, work.channels, nx, fg);
     for (int c = 0; c < work.channels; ++c) {
       take_solution(work, c, i, h);
       run<Results<S>>(static_cast<const T*>(fg.of(c)), std::as_const(h), nx, out + c * width);
+      all = finite(out + c * width, inside, nx) && all;
     }
     S* const start = const_cast<S*>(to.start) + i * to.row;
     if (to.column == 3 && work.channels == 3) {
@@ -453,6 +466,7 @@ void write_rows(const Scene& s, const Work<T>& work, void* image, int first, int
     for (int c = 0; c < work.channels; ++c)
       run<WriteRow>(static_cast<const S*>(out + c * width), inside, to.column, nx, start + c * to.channel);
   }
+  return all;
 }
 
 // ---- backward
@@ -563,11 +577,13 @@ void gradients(const BlendBackward& how, const Work<T>& work, int first, int las
       if (how.grad_pixels != nullptr) {
         const Plane plane = object_plane(s, p, c);
         T* const row = static_cast<T*>(how.grad_pixels) + plane.start + i * plane.row;
-        for (int j = 0; j < nx; ++j) row[j * plane.column] = sum.object[j];
+        for (int j = 0; j < nx; ++j) row[j * plane.column] += sum.object[j];
       }
     }
-    if (how.grad_mask != nullptr)
-      std::copy(sum.mask, sum.mask + nx, static_cast<T*>(how.grad_mask) + p.first + p.object_pixel(i, 0));
+    if (how.grad_mask != nullptr) {
+      T* const row = static_cast<T*>(how.grad_mask) + p.first + p.object_pixel(i, 0);
+      for (int j = 0; j < nx; ++j) row[j] += sum.mask[j];
+    }
   }
 }
 
@@ -658,8 +674,11 @@ class Object {
     const T level_size = std::is_same_v<S, std::uint8_t> ? T(1) : T(1) / T(255);
     for_rows(pool, [&](int from, int to, T* rows) { right_side<S>(s_, work_, from, to, rows); });
     const T error = solve(T(how.effort.tolerance) * level_size, how.effort.max_cycles, false);
-    for_rows(pool, [&](int from, int to, T* rows) { write_rows<S>(s_, work_, how.image, from, to, rows); });
-    return float(error / level_size);
+    std::atomic<bool> finite = true;
+    for_rows(pool, [&](int from, int to, T* rows) {
+      if (!write_rows<S>(s_, work_, how.image, from, to, rows)) finite = false;
+    });
+    return finite ? float(error / level_size) : std::numeric_limits<float>::quiet_NaN();
   }
 
   float backward(const BlendBackward& how, Pool& pool) {
@@ -739,9 +758,24 @@ float run_object(const How& how, Index n, bool share) {
     return object.backward(how, pool);
 }
 
+// Whether rows of the table name the same pixels, whose gradients are then added up in the order of the rows.
+bool overlap(const Scene& s) {
+  std::vector<std::pair<Index, Index>> spans;
+  for (Index n = 0; n < s.N; ++n) {
+    const Placed p = place(s, n);
+    if (p.legal) spans.emplace_back(p.first, p.first + p.h * p.w);
+  }
+  std::sort(spans.begin(), spans.end());
+  for (std::size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].first < spans[k - 1].second) return true;
+  return false;
+}
+
 template <class S, class How>
 void run_as(const How& how) {
-  const bool together = how.scene.N >= at::get_num_threads();
+  bool together = how.scene.N >= at::get_num_threads();
+  if constexpr (std::is_same_v<How, BlendBackward>)
+    together = together && (at::get_num_threads() == 1 || !overlap(how.scene));
   share_out(together, how.scene.N, 1, [&](Index from, Index to) {
     for (Index n = from; n < to; ++n) how.info[n] = run_object<S>(how, n, !together);
   });

@@ -263,7 +263,7 @@ void find_inner(Level<T>& l) {
 }
 
 template <bool kAny, class T>
-void coarsen_map(const Level<T>& fine, const Map& from, const Level<T>& coarse, const Map& to, Pool& pool) {
+void coarsen_map(const Map& from, const Level<T>& coarse, const Map& to, Pool& pool) {
   std::uint8_t* const columns = pool.take<std::uint8_t>(2 * coarse.nx + 2 + kColumns) + kColumns;
   for (int i = 0; i < coarse.ny; ++i) {
     const std::uint8_t *const a = from.row(2 * i - 1), *const b = from.row(2 * i), *const c = from.row(2 * i + 1);
@@ -277,7 +277,6 @@ void coarsen_map(const Level<T>& fine, const Map& from, const Level<T>& coarse, 
       out[j] = kAny ? columns[2 * j - 1] | columns[2 * j] | columns[2 * j + 1]
                     : columns[2 * j - 1] & columns[2 * j] & columns[2 * j + 1];
   }
-  (void)fine;
 }
 
 // ---- runs
@@ -506,7 +505,7 @@ void store_stencils(Grid<T>& grid, int number, Sides sides, Pool& pool) {
                       first == Kind::inner ? l.inner_inverse : T(0), corners);
       else if (number == 0)
         run<FinestStencils>(own, i, from, to, sides);
-      else if (number == 1)
+      else if (fine->south_east == nullptr)
         run<CoarseStencils<false>>(fine, own, i, from, to);
       else
         run<CoarseStencils<true>>(fine, own, i, from, to);
@@ -515,17 +514,17 @@ void store_stencils(Grid<T>& grid, int number, Sides sides, Pool& pool) {
   }
 }
 
-// Level 0's `active` is set, without its sides.
+// Level 0's `active` is set.
 template <class T>
 void build(Grid<T>& grid, Sides sides, Pool& pool) {
-  grid.levels = count_levels(grid.level[0].ny, grid.level[0].nx);
   find_inner(grid.level[0]);
+  grid.levels = count_levels(grid.level[0].ny, grid.level[0].nx);
   for (int n = 1; n < grid.levels; ++n) {
     Level<T>&fine = grid.level[n - 1], &l = grid.level[n];
     l.shape(coarse_size(fine.ny), coarse_size(fine.nx));
     new_maps(l, pool);
-    coarsen_map<true>(fine, fine.active, l, l.active, pool);
-    coarsen_map<false>(fine, fine.innermost, l, l.innermost, pool);
+    coarsen_map<true>(fine.active, l, l.active, pool);
+    coarsen_map<false>(fine.innermost, l, l.innermost, pool);
   }
   Stencil<T> s{T(4), T(-1), T(-1), T(0), T(0)};
   for (int n = 0; n < grid.levels; ++n) {

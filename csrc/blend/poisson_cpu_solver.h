@@ -54,8 +54,9 @@ struct Spread {
 };
 
 // Row i of b from the residuals (or right sides) of rows 2i - 1, 2i, 2i + 1 of the level below, even columns first, the
-// odd ones at `half`. `kRed`: only those of red points are not 0. `kClears`: u = 0.
-template <int kC, bool kRed, bool kClears>
+// odd ones at `half`. `kClears`: u = 0.
+enum class Sparse : int { no, red, last };  // which are 0: none, those of black points, those in odd rows and columns
+template <int kC, Sparse kSparse, bool kClears>
 struct Restrict {
   template <class T>
   FN_BODY static void run(const Level<T>* l, const Unknowns<T>* x, int i, const T* above, const T* here, const T* below,
@@ -63,13 +64,11 @@ struct Restrict {
     using V = Vector<T>;
     const auto sum = [&](Index k) FN_INLINE {  // kLanes points from k in columns' order
       const T *const a = above + half + k, *const b = below + half + k;
-      const V corners = (load(a - 1) + load(a)) + (load(b - 1) + load(b));
-      if constexpr (kRed) {
-        return load(here + k) + T(0.25) * corners;
-      } else {
-        const V sides = (load(here + half + k - 1) + load(here + half + k)) + (load(above + k) + load(below + k));
-        return load(here + k) + T(0.5) * sides + T(0.25) * corners;
-      }
+      V found = load(here + k);
+      if constexpr (kSparse != Sparse::last) found += T(0.25) * ((load(a - 1) + load(a)) + (load(b - 1) + load(b)));
+      if constexpr (kSparse != Sparse::red)
+        found += T(0.5) * ((load(here + half + k - 1) + load(here + half + k)) + (load(above + k) + load(below + k)));
+      return found;
     };
     T* const b = x->b + i * l->pitch;
     T* const u = x->u + i * l->pitch;
@@ -142,20 +141,29 @@ struct RedResidual {
     using V = Vector<T>;
     const Index row = i * l.pitch + h * l.half;
     const T *const own = x.u + row, *const other = x.u + i * l.pitch + (1 - h) * l.half;
-    const T *const b = x.b + row, *const centre = l.centre + row;
+    const T *const b = x.b + row, *const centre = l.centre + row, *const inverse = l.inverse + row;
     l.each_run(i, [&](Run run) FN_INLINE {
       const int first = run.from * kLanes, last = run.to * kLanes;
-      const bool inner = run.kind == Kind::inner, none = inner && bare;
-      for (int k = first; k < last; k += kLanes) {
-        const V m = inner ? V{} + T(4) : load(centre + k);
-        for (int c = 0; c < kC; ++c) {
-          const Index at = c * x.step + k;
-          const Beside<h, T> beside(other, at);
-          const V sum = (load(own + at - l.pitch) + load(own + at + l.pitch)) + (beside.west + beside.east);
-          const V r = (none ? V{} : load(b + at)) + sum - m * load(own + at);
-          store<T>(to + c * step + k, m > T(0) ? r : V{});
+      const auto each = [&](auto right_side, auto stencil) FN_INLINE {
+        for (int k = first; k < last; k += kLanes) {
+          const auto [middle, inverted] = stencil(k);
+          for (int c = 0; c < kC; ++c) {
+            const Index at = c * x.step + k;
+            const Beside<h, T> beside(other, at);
+            const V relaxed = relax5(right_side(at), load(own + at - l.pitch), load(own + at + l.pitch), beside.west,
+                                     beside.east, inverted);
+            store<T>(to + c * step + k, middle * (relaxed - load(own + at)));
+          }
         }
-      }
+      };
+      const auto given = [&](Index at) FN_INLINE { return load(b + at); };
+      const auto inner = [](int) FN_INLINE { return std::pair<V, V>(V{} + T(4), V{} + T(0.25)); };
+      if (run.kind == Kind::other)
+        each(given, [&](int k) FN_INLINE { return std::pair<V, V>(load(centre + k), load(inverse + k)); });
+      else if (bare)
+        each([](Index) FN_INLINE { return V{}; }, inner);
+      else
+        each(given, inner);
     });
   }
 };
@@ -249,10 +257,11 @@ struct RelaxNine {
   template <int h, class T>
   FN_BODY static void of_half(const Level<T>& l, const Unknowns<T>& x, int i) {
     T* const own = x.u + i * l.pitch + h * l.half;
+    const T factor = h == 1 && (i & 1) ? T(1) : T(kCoarseFactor);
     each_nine<kC, h>(l, x, i, [&](int c, int k, Vector<T> rest, Vector<T>, Vector<T> inverse) FN_INLINE {
       T* const to = own + c * x.step + k;
       const Vector<T> old = load(to);
-      store<T>(to, old + T(kCoarseFactor) * (rest * inverse - old));
+      store<T>(to, old + factor * (rest * inverse - old));
     });
   }
 };
@@ -263,7 +272,7 @@ struct NineResidual {
   FN_BODY static void run(const Level<T>* l, const Unknowns<T>* x, int i, T* to, Index step) {
     for (int c = 0; c < kC; ++c) l->clear_row(to + c * step);
     of_half<0>(*l, *x, i, to, step);
-    of_half<1>(*l, *x, i, to + l->half, step);
+    if ((i & 1) == 0) of_half<1>(*l, *x, i, to + l->half, step);  // those relaxed last have none
   }
   template <int h, class T>
   FN_BODY static void of_half(const Level<T>& l, const Unknowns<T>& x, int i, T* to, Index step) {
@@ -402,15 +411,15 @@ class Solver {
     const Level<T>&fine = grid_.level[n], &l = grid_.level[n + 1];
     for (int i = 0; i < l.ny; ++i) {
       const T* const here = x_[n].b + 2 * i * fine.pitch;
-      run<Restrict<kC, false, false>>(&l, x_ + n + 1, i, here - fine.pitch, here, here + fine.pitch, fine.half,
-                                      x_[n].step);
+      run<Restrict<kC, Sparse::no, false>>(&l, x_ + n + 1, i, here - fine.pitch, here, here + fine.pitch, fine.half,
+                                           x_[n].step);
     }
   }
-  template <bool kRed>
+  template <Sparse kSparse>
   void restrict_residual(int n, int i) {
     const T *const above = residual_[(2 * i - 1) & 3], *const here = residual_[(2 * i) & 3];
     const T* const below = residual_[(2 * i + 1) & 3];
-    run<Restrict<kC, kRed, true>>(level(n + 1), x_ + n + 1, i, above, here, below, grid_.level[n].half, width_);
+    run<Restrict<kC, kSparse, true>>(level(n + 1), x_ + n + 1, i, above, here, below, grid_.level[n].half, width_);
   }
 
   // The rows of level n + 1 that row i of level n lies between are in natural_ when rows come in order.
@@ -459,7 +468,7 @@ class Solver {
           run<RedResidual<kC>>(&l, x_, i, bare_, residual_[i & 3], width_);
         else
           clear_residual(0, i);
-        if (i & 1) restrict_residual<true>(0, i >> 1);
+        if (i & 1) restrict_residual<Sparse::red>(0, i >> 1);
       }
     }
   }
@@ -483,7 +492,7 @@ class Solver {
             run<NineResidual<kC>>(&l, x_ + n, k, residual_[k & 3], width_);
           else
             clear_residual(n, k);
-        restrict_residual<false>(n, (i - 2) / 2);
+        restrict_residual<Sparse::last>(n, (i - 2) / 2);
       }
     }
   }

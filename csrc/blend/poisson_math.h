@@ -189,8 +189,8 @@ FN_HD Stencil<T> interior_stencil(int level) {
 // ---- solution
 
 // Over-relaxation: u += factor * (relaxed - u). At level 0 only red points (i + j even) before restriction; black ones
-// come after them, so that there the residual is 0. At other levels all points, in the order even rows before odd
-// ones, in a row even columns before odd ones.
+// come after them, so that there the residual is 0. At other levels all points but those relaxed last, which are in odd
+// rows and columns, for the same reason: the order is even rows before odd ones, in a row even columns before odd ones.
 constexpr float kRedFactor = 1.2f;
 constexpr float kCoarseFactor = 1.15f;
 

@@ -15,7 +15,7 @@ from fastnuggets.ops.average import (
 from fastnuggets.ops.blend import Composite, Objects, composite, pack_objects
 from fastnuggets.ops.filters import filter_taps, motion_blur, motion_kernel, multiband_blend, pyr_down, pyr_up
 from fastnuggets.ops.inverse import Atoms, Conditioning, condition_number, deconvolve, find_atoms, kernel_warnings
-from fastnuggets.ops.poisson import poisson_blend
+from fastnuggets.ops.poisson import poisson_blend, random_walker_segment
 from fastnuggets.ops.sample import (
     binary_concrete,
     dropout,
@@ -72,6 +72,7 @@ __all__ = [
     "pyr_down",
     "pyr_up",
     "random_signs",
+    "random_walker_segment",
     "rsample",
     "rsample_normal",
     "rsample_normal_kl",

@@ -1,4 +1,5 @@
-"""Poisson blending: an object's differences inside its mask, the background's values at its border, solved exactly."""
+"""Poisson blending: an object's differences inside its mask, the background's values at its border, solved exactly; and
+the random walker, another system on the pixels of an image, by the same multigrid."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def poisson_blend(
             pixels, as in OpenCV's ``seamlessClone``, whose picture it gives to within one grey level: see
             :func:`_rectangle`.
         soft: the unknowns are all pixels whose mask is above 0, and an edge's guidance is w v + (1 - w) (the
-            background's difference), w the mean of the mask at its two ends; differentiable in the mask.
+            background's difference), w the mean of the mask at its two ends (so 1/2 at the border of a mask of ones);
+            differentiable in the mask.
         tolerance: largest error allowed, in grey levels (1/255 of full scale), as the solver estimates it from its last
             correction; the true error has been found smaller. Rounding to uint8 comes on top.
         max_cycles: multigrid cycles after which to give up.
@@ -98,6 +100,7 @@ def poisson_blend(
             raise ValueError("soft must be False with domain 'rectangle', got True")
         images = _rectangles(images, packed, place, rounds, guidance)
         return images.to(dtype).reshape(background.shape)
+    images = images if rounds else images.clone()
     for numbers, owners in rounds:
         table = _table(packed, place, numbers, owners)
         images, info = _OPS.poisson_blend(
@@ -301,6 +304,80 @@ def _sines(x: Tensor, dim: int) -> Tensor:
     return -0.5 * torch.fft.rfft(odd, dim=dim).imag.narrow(dim, 1, n)
 
 
+# ---- the random walker
+
+
+def random_walker_segment(
+    image: Tensor,  # [C, H, W] | [H, W]
+    seeds: Tensor,  # [H, W] integers
+    *,
+    beta: float = 300.0,
+    tolerance: float = 1e-4,
+    max_steps: int = 300,
+    return_probabilities: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Segments an image from scribbles: each pixel gets the label whose seed a random walker from it reaches first.
+
+    A walker steps to a neighbour with a probability in proportion to the weight exp(-beta |difference|^2) + 1e-6,
+    |difference|^2 summed over the channels of values 0 to 1. The probabilities solve a linear system with the seeds for
+    its border, the same for all labels: conjugate gradients with a multigrid cycle for the preconditioner.
+
+    Args:
+        image: uint8 (0 to 255) or floating (0 to 1), of any number of channels.
+        seeds: 0 where the label is to be found, else a label from 1 to K, the largest there is.
+        beta: how much a difference keeps walkers from crossing it. (scikit-image's beta is this one times ten times the
+            image's standard deviation.)
+        tolerance: largest error allowed of a probability, as the solver estimates it.
+        max_steps: of conjugate gradients, after which to give up.
+        return_probabilities: give these too.
+
+    Returns:
+        Labels [H, W] int64; of equal probabilities the smallest. With ``return_probabilities`` also these, [K, H, W],
+        float64 for a float64 image, else float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was; no pixel is a seed.
+        RuntimeError: the tolerance was not reached, or the image has values that are not finite.
+
+    Not differentiable. Deterministic: the same bits for any number of threads. Solved in float64 on the CPU; a CUDA
+    image is copied there and the result back, so this synchronises and no CUDA graph can hold it.
+
+    L. Grady, Random Walks for Image Segmentation, IEEE TPAMI 28(11), 2006.
+    """
+    if image.dim() not in (2, 3) or seeds.shape != image.shape[-2:]:
+        raise ValueError(f"seeds must be [H, W] like image, got {tuple(seeds.shape)} and {tuple(image.shape)}")
+    if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+        raise TypeError(f"seeds must be integers, got {seeds.dtype}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"image must be uint8 or floating, got {image.dtype}")
+    if not beta >= 0:
+        raise ValueError(f"beta must not be negative, got {beta}")
+    if seeds.numel() == 0 or int(seeds.max()) < 1:
+        raise ValueError("seeds must mark at least one pixel with a label from 1")
+    with torch.no_grad():
+        values = image.reshape(-1, *seeds.shape).to("cpu", torch.float64)
+        values = values / 255 if image.dtype == torch.uint8 else values
+        east, south = (_edge_weights(values, dim, beta) for dim in (2, 1))
+        marks = seeds.to("cpu", torch.int64)
+        found, error = _OPS.random_walker(east, south, marks, int(marks.max()), tolerance, max_steps)
+        if not bool(error <= tolerance):
+            reason = (
+                "the image has values not finite" if bool(error != error) else f"estimated error {error.item():.3g}"
+            )
+            raise RuntimeError(f"the random walker did not converge in {max_steps} steps: {reason}")
+        labels = found.argmax(0).add_(1).to(image.device)
+    if not return_probabilities:
+        return labels
+    return labels, found.to(image.device, torch.float64 if image.dtype == torch.float64 else torch.float32)
+
+
+def _edge_weights(values: Tensor, dim: int, beta: float) -> Tensor:
+    """[H, W] of the edges to the next pixel; of the last, which nothing reads, 1e-6."""
+    squared = values.diff(dim=dim).square().sum(0)
+    weights = torch.exp(-beta * squared) + 1e-6
+    return torch.cat([weights, torch.full_like(values[0].narrow(dim - 1, 0, 1), 1e-6)], dim - 1)
+
+
 @torch.library.register_fake("fastnuggets::poisson_blend")
 def _(background, pixels, mask, table, *rule):  # type: ignore[no-untyped-def]
     return background.new_empty(background.shape), background.new_empty(table.size(0), dtype=torch.float32)
@@ -310,3 +387,8 @@ def _(background, pixels, mask, table, *rule):  # type: ignore[no-untyped-def]
 def _(grad, background, pixels, mask, *rule):  # type: ignore[no-untyped-def]
     given = (background, pixels, mask)
     return tuple(t.new_empty(t.shape if w else (0,)) for t, w in zip(given, rule[-1], strict=True))
+
+
+@torch.library.register_fake("fastnuggets::random_walker")
+def _(east, south, seeds, labels, tolerance, max_steps):  # type: ignore[no-untyped-def]
+    return east.new_empty((labels, *seeds.shape)), east.new_empty(1)

@@ -13,7 +13,7 @@ from fastnuggets.reference.average import (
 from fastnuggets.reference.blend import composite
 from fastnuggets.reference.filters import filter_taps, multiband_blend, pyr_down, pyr_up, transposed
 from fastnuggets.reference.inverse import fit_atoms
-from fastnuggets.reference.poisson import poisson_blend
+from fastnuggets.reference.poisson import poisson_blend, random_walker
 from fastnuggets.reference.sample import (
     gumbel_softmax,
     kl_log_uniform,
@@ -41,6 +41,7 @@ __all__ = [
     "poisson_blend",
     "pyr_down",
     "pyr_up",
+    "random_walker",
     "rsample_normal",
     "scaled_noise",
     "sgd_step",

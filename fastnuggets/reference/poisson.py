@@ -1,4 +1,4 @@
-"""Poisson blending by its definition: the system as a dense matrix, solved in float64, differentiable."""
+"""Poisson blending and the random walker by their definitions: the system as a dense matrix, differentiable."""
 
 from __future__ import annotations
 
@@ -93,3 +93,21 @@ def _guidance(guidance: str, fg: Tensor, bg: Tensor) -> Tensor:
     if guidance == "mixed":
         return torch.where(bg.abs() > fg.abs() + _TIE, bg, fg)
     return (fg + bg) / 2 if guidance == "average" else fg
+
+
+def random_walker(east: Tensor, south: Tensor, seeds: Tensor, labels: int) -> Tensor:  # [H, W] each -> [labels, H, W]
+    """Probabilities that a walker reaches a seed of each label first; edges have the weights `east` and `south`."""
+    height, width = seeds.shape
+    number = torch.arange(height * width, device=seeds.device).view(height, width)
+    laplacian = east.new_zeros(height * width, height * width)
+    for p, q, weight in (
+        (number[:, :-1], number[:, 1:], east[:, :-1]),
+        (number[:-1], number[1:], south[:-1]),
+    ):
+        for a, b in ((p, q), (q, p)):
+            laplacian = laplacian.index_put((a, a), weight, accumulate=True).index_put((a, b), -weight, accumulate=True)
+    given = seeds.reshape(-1) > 0
+    one_hot = (seeds.reshape(-1, 1) == torch.arange(1, labels + 1, device=seeds.device)).to(east.dtype)
+    found = one_hot.clone()
+    found[~given] = torch.linalg.solve(laplacian[~given][:, ~given], -laplacian[~given][:, given] @ one_hot[given])
+    return found.T.reshape(labels, height, width)
