@@ -178,7 +178,7 @@ def test_motion_blur_gradcheck(border):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 3), (5, 4), (32, 48), (51, 33)], ids=str)
 def test_pyramids_are_opencvs(size):
-    """Seen: 1.2e-7 in float32, 2.2e-16 in float64."""
+    """Seen: 1.8e-7 in float32, 3.3e-16 in float64."""
     h, w = size
     for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 1e-15)):
         image = torch.rand(h, w, dtype=torch.float64).to(dtype)
@@ -212,7 +212,7 @@ def pair(size, dtype, channels=3, batch=2):
 
 @pytest.mark.parametrize("size", [(64, 96), (37, 50), (3, 70), (1, 1)], ids=str)
 def test_a_full_mask_gives_the_foreground(size):
-    """Seen: 4.2e-7."""
+    """Seen: 1.2e-7."""
     under, over, mask = pair(size, torch.float32)
     blended = ops.multiband_blend(under, over, torch.ones_like(mask), levels=6)
     assert (blended - over).abs().max() <= 1e-6
@@ -235,7 +235,7 @@ def test_an_empty_mask_gives_the_background_bit_by_bit(dtype):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 6])
 def test_bytes_are_the_nearest_to_the_definition(channels, channels_last):
-    """Burt and Adelson's, in float64. Seen: 1e-5 beyond the half that rounding takes."""
+    """Burt and Adelson's, in float64. Seen: 6e-6 beyond the half that rounding takes."""
     under, over, mask = pair((43, 58), torch.uint8, channels)
     exact = reference.multiband_blend(under.double(), over.double(), mask.double() / 255, 5).clamp(0, 255)
     images = [t.movedim(1, -1).contiguous() if channels_last else t for t in (under, over)]

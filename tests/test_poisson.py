@@ -81,7 +81,8 @@ def blended(bg, fg, share, position, dtype=torch.float32, **how):
     masks = torch.from_numpy(share * (255 if dtype == torch.uint8 else 1)).to(dtype)
     before = [t.clone() for t in (image, objects, masks)]
     result = ops.poisson_blend(image, [objects], [masks], position=[position], channels_last=True, **how)
-    assert all(torch.equal(a, b) for a, b in zip(before, (image, objects, masks), strict=True))
+    for a, b in zip(before, (image, objects, masks), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     return result.double().numpy() * scale
 
 
@@ -383,7 +384,7 @@ def test_rectangle_is_what_opencv_does(name, guidance):
     ).numpy()  # fmt: skip
     difference = abs(result.astype(float) - expected.astype(float))
     assert difference[top : top + h, left : left + w].mean() < 0.6
-    assert difference.max() <= 3
+    assert difference.max() <= 1  # it truncates
     outside = np.ones(bg.shape[:2], bool)
     outside[top + 1 : top + h - 1, left + 1 : left + w - 1] = False
     assert (result[outside] == bg[outside]).all()
