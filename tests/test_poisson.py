@@ -421,10 +421,15 @@ def test_random_walker_is_scikit_images(channels):
     size = (60, 70)
     image = photo("coffee", size)[..., :channels].astype(np.float64) / 255
     seeds = scribbles(size)
-    beta = 60.0
-    # scikit-image scales its beta by 10 times the deviation of the whole array.
+    beta = 30.0 / channels**2
+    # scikit-image divides its beta by 10 times the deviation of the whole array, and by the root of the channels.
     expected = segmentation.random_walker(
-        image, seeds.numpy(), beta=beta * 10 * image.std(), mode="bf", return_full_prob=True, channel_axis=-1
+        image,
+        seeds.numpy(),
+        beta=beta * 10 * image.std() * channels**0.5,
+        mode="bf",
+        return_full_prob=True,
+        channel_axis=-1,
     )
     labels, found = ops.random_walker_segment(
         torch.from_numpy(image).movedim(-1, 0), seeds, beta=beta, tolerance=1e-8, return_probabilities=True
@@ -465,7 +470,7 @@ def test_random_walker_finds_a_disc_behind_noise():
 
 
 def test_random_walker_arguments():
-    image, seeds = torch.rand(3, 9, 9), scribbles((9, 9)).clamp(max=2)
+    image, seeds = torch.rand(3, 30, 30), scribbles((30, 30)).clamp(max=2)
     for error, message, args in (
         (ValueError, r"seeds must be \[H, W\]", (image, seeds[1:])),
         (TypeError, "seeds must be integers", (image, seeds.float())),

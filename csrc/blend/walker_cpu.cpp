@@ -3,8 +3,8 @@
 //
 // Weights may differ by six orders of magnitude from one edge to the next, and any few pixels may be an island behind
 // weak edges. A grid of every second pixel does not see these, whatever its interpolation. So levels are made by
-// joining each point to the neighbour it hangs on most: Y. Notay, "An aggregation-based algebraic multigrid method",
-// ETNA 37, 2010, with W cycles.
+// joining each point to the neighbour it hangs on most, after Y. Notay, "An aggregation-based algebraic multigrid
+// method", ETNA 37, 2010, with a relaxation after every pairing: that settles an island once it is one point.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -132,14 +132,10 @@ std::vector<Level> levels_of(const Walk& how, const std::vector<Index>& number) 
   std::vector<Level> levels{pixels_of(how, number)};
   while (levels.back().points() > kCoarsest) {
     Level& fine = levels.back();
-    Index once = 0, twice = 0;
-    std::vector<Index> parent = pairs_of(fine, once);
-    const Level pairs = joined(fine, parent, once);
-    const std::vector<Index> again = pairs_of(pairs, twice);
-    if (twice == fine.points()) break;  // nothing hangs together
-    for (Index& q : parent) q = again[std::size_t(q)];
-    Level next = joined(pairs, again, twice);
-    fine.parent = std::move(parent);
+    Index count = 0;
+    fine.parent = pairs_of(fine, count);
+    if (count == fine.points()) break;  // nothing hangs together
+    Level next = joined(fine, fine.parent, count);
     levels.push_back(std::move(next));
   }
   return levels;
@@ -252,7 +248,7 @@ class Label {
     for (std::size_t p = 0; p < l.parent.size(); ++p)
       b_[n + 1][std::size_t(l.parent[p])] += l.rest(Index(p), u_[n], b_[n]) - l.diagonal[p] * u_[n][p];
     cycle(n + 1);
-    if (n + 2 < levels_.size()) cycle(n + 1);
+    if (n % 2 == 0 && n + 2 < levels_.size()) cycle(n + 1);  // a pair of levels has a quarter of the points
     for (std::size_t p = 0; p < l.parent.size(); ++p) u_[n][p] += u_[n + 1][std::size_t(l.parent[p])];
     relax(n, true);
   }

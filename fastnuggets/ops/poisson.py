@@ -325,8 +325,8 @@ def random_walker_segment(
     Args:
         image: uint8 (0 to 255) or floating (0 to 1), of any number of channels.
         seeds: 0 where the label is to be found, else a label from 1 to K, the largest there is.
-        beta: how much a difference keeps walkers from crossing it. (scikit-image's beta is this one times ten times the
-            image's standard deviation.)
+        beta: how much a difference keeps walkers from crossing it. (scikit-image's is this one times 10 times the
+            image's standard deviation times the root of the number of channels.)
         tolerance: largest error allowed of a probability, as the solver estimates it.
         max_steps: of conjugate gradients, after which to give up.
         return_probabilities: give these too.
