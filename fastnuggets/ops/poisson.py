@@ -240,11 +240,11 @@ def _rectangles(
             left, right = max(x + columns[0], 0), min(x + columns[-1] + 1, width)
             if bottom - top < 3 or right - left < 3:
                 continue
-            inside = slice(top - y, bottom - y), slice(left - x, right - x)
+            down, across = slice(top - y, bottom - y), slice(left - x, right - x)
             patch = _rectangle(
                 results[b][:, top:bottom, left:right],
-                fg[(slice(None), *inside)].to(planes.dtype),
-                mask[inside],
+                fg[:, down, across].to(planes.dtype),
+                mask[down, across],
                 guidance,
             )
             if whole:
@@ -301,7 +301,8 @@ def _sines(x: Tensor, dim: int) -> Tensor:
     n = x.size(dim)
     pad = x.narrow(dim, 0, 1) * 0
     odd = torch.cat([pad, x, pad, -x.flip(dim)], dim)
-    return -0.5 * torch.fft.rfft(odd, dim=dim).imag.narrow(dim, 1, n)
+    spectrum: Tensor = torch.fft.rfft(odd, dim=dim).imag.narrow(dim, 1, n)
+    return -0.5 * spectrum
 
 
 # ---- the random walker
@@ -365,7 +366,7 @@ def random_walker_segment(
                 "the image has values not finite" if bool(error != error) else f"estimated error {error.item():.3g}"
             )
             raise RuntimeError(f"the random walker did not converge in {max_steps} steps: {reason}")
-        labels = found.argmax(0).add_(1).to(image.device)
+        labels: Tensor = found.argmax(0).add_(1).to(image.device)
     if not return_probabilities:
         return labels
     return labels, found.to(image.device, torch.float64 if image.dtype == torch.float64 else torch.float32)
