@@ -361,6 +361,29 @@ def test_gradient_of_float32_at_the_usual_tolerance():
         assert (a.double() - b).abs().max() <= 4e-3 * b.abs().max()
 
 
+def test_gradients_of_one_object_on_many_images_add_up(threads):
+    """Rows of the table may name the same pixels; the bits are those of any number of threads."""
+    generator = torch.Generator().manual_seed(8)
+    bg = torch.rand(4, 2, 40, 40, generator=generator)
+    fg = torch.rand(2, 25, 30, generator=generator)
+    share = torch.from_numpy(mask("blob", (25, 30))).float()
+    places = [(1, 1), (10, 5), (-3, 9), (20, 20)]
+    packed = ops.pack_objects([fg], [share])
+    found = []
+    for n in (1, 3):
+        threads(n)
+        pixels = packed.pixels.clone().requires_grad_()
+        many = packed._replace(pixels=pixels, sizes=packed.sizes.expand(4, 3).contiguous())
+        result = ops.poisson_blend(bg, many, position=places, guidance="average")
+        found.append(torch.autograd.grad(result.square().sum(), pixels)[0])
+    assert torch.equal(found[0], found[1])
+    leaf = fg.clone().requires_grad_()
+    single = [ops.poisson_blend(b, [leaf], [share], position=[p], guidance="average")
+              for b, p in zip(bg, places, strict=True)]  # fmt: skip
+    expected = torch.autograd.grad(sum(r.square().sum() for r in single), leaf)[0].reshape(-1)
+    assert (found[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 # --- the rectangle ----------------------------------------------------------------------------------------------------
 
 

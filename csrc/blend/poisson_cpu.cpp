@@ -422,11 +422,23 @@ struct WriteRow {
 struct WriteThree {
   template <class S>
   FN_BODY static void run(const S* a, const S* b, const S* c, const std::uint8_t* inside, int n, S* to) {
-    for (int j = 0; j < n; ++j) {
-      to[3 * j] = inside[j] ? a[j] : to[3 * j];
-      to[3 * j + 1] = inside[j] ? b[j] : to[3 * j + 1];
-      to[3 * j + 2] = inside[j] ? c[j] : to[3 * j + 2];
+    const auto put = [&](int j) FN_INLINE {
+      to[3 * j] = a[j];
+      to[3 * j + 1] = b[j];
+      to[3 * j + 2] = c[j];
+    };
+    int j = 0;
+    for (; j + 8 <= n; j += 8) {  // mostly all of them or none
+      std::uint64_t some;
+      std::memcpy(&some, inside + j, sizeof some);
+      if (some == 0x0101010101010101u)
+        for (int k = 0; k < 8; ++k) put(j + k);
+      else if (some != 0)
+        for (int k = 0; k < 8; ++k)
+          if (inside[j + k]) put(j + k);
     }
+    for (; j < n; ++j)
+      if (inside[j]) put(j);
   }
 };
 
@@ -442,6 +454,7 @@ bool finite(const S* from, const std::uint8_t* inside, int n) {
 // image = object + solution in the domain. Returns whether it is finite.
 template <class S, class T>
 bool write_rows(const Scene& s, const Work<T>& work, void* image, int first, int last, T* rows) {
+  const Level<T>& l = work.grid.level[0];
   const int nx = work.place.nx;
   const Index width = width_of(nx);
   const Source<S> object = object_source<S>(s, work.place), to = image_source<S>(s, work.place, image);
@@ -450,21 +463,25 @@ bool write_rows(const Scene& s, const Work<T>& work, void* image, int first, int
   S* const out = reinterpret_cast<S*>(h + width);
   bool all = true;
   for (int i = first; i < last; ++i) {
-    const std::uint8_t* const inside = work.grid.level[0].active.row(i);
-    read_row(object.start + i * object.row, object.channel, object.column, work.channels, nx, fg);
+    if (l.first_run[i] == l.first_run[i + 1]) continue;
+    const int left = l.runs[l.first_run[i]].from * kColumns;  // of the columns that there are runs of
+    const int n = std::min(nx, l.runs[l.first_run[i + 1] - 1].to * kColumns) - left;
+    const std::uint8_t* const inside = l.active.row(i) + left;
+    const S* const pixels = object.start + i * object.row + left * object.column;
+    read_row(pixels, object.channel, object.column, work.channels, n, fg);
     for (int c = 0; c < work.channels; ++c) {
       take_solution(work, c, i, h);
-      run<Results<S>>(static_cast<const T*>(fg.of(c)), std::as_const(h), nx, out + c * width);
-      all = finite(out + c * width, inside, nx) && all;
+      run<Results<S>>(static_cast<const T*>(fg.of(c)), static_cast<const T*>(h + left), n, out + c * width);
+      all = finite(out + c * width, inside, n) && all;
     }
-    S* const start = const_cast<S*>(to.start) + i * to.row;
+    S* const start = const_cast<S*>(to.start) + i * to.row + left * to.column;
     if (to.column == 3 && work.channels == 3) {
       const S* const a = out;
-      run<WriteThree>(a, a + width, a + 2 * width, inside, nx, start);
+      run<WriteThree>(a, a + width, a + 2 * width, inside, n, start);
       continue;
     }
     for (int c = 0; c < work.channels; ++c)
-      run<WriteRow>(static_cast<const S*>(out + c * width), inside, to.column, nx, start + c * to.channel);
+      run<WriteRow>(static_cast<const S*>(out + c * width), inside, to.column, n, start + c * to.channel);
   }
   return all;
 }
@@ -534,8 +551,9 @@ void gradients(const BlendBackward& how, const Work<T>& work, int first, int las
   };
   T* const sums = solutions + 3 * work.channels * width;
   const Sums<T> sum{sums, sums + width, sums + 2 * width};
+  const bool constant = !s.soft && s.guidance != Guidance::mixed;  // the slopes do not depend on the values
   const auto read = [&](int i) {
-    window.read(i);
+    if (!constant) window.read(i);
     for (int c = 0; c < work.channels; ++c) read_solution_row(work, c, i, solution(i, c));
   };
   read(first - 1);
