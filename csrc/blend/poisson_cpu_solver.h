@@ -1,6 +1,6 @@
-// Multigrid on the levels of poisson_cpu_grid.h, one channel at a time. A pass goes over a level's rows once and does
-// all that lies between two visits of the next level: interpolation, relaxations, residual, restriction, each some rows
-// behind the other.
+// Multigrid on the levels of poisson_cpu_grid.h, up to three channels side by side. A pass goes over a level's rows
+// once and does all that lies between two visits of the next level: interpolation, relaxations, residual, restriction,
+// each some rows behind the other.
 #pragma once
 
 #include <cmath>

@@ -3,7 +3,7 @@
 // An image of [H, W] pixels, edges between neighbours with weights above 0. The probability that a walker from a pixel
 // reaches a seed of label k first is 1 at seeds of k, 0 at those of others, and elsewhere the mean of the neighbours'
 // by the weights: a system with one unknown a pixel, the same for all labels. It is solved by conjugate gradients, with
-// a multigrid cycle (poisson.h, with these weights at level 0) for the preconditioner.
+// a multigrid cycle on graphs for the preconditioner (walker_cpu.cpp).
 //
 // L. Grady, "Random Walks for Image Segmentation", IEEE TPAMI 28(11), 2006.
 #pragma once

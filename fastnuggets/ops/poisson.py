@@ -1,5 +1,5 @@
 """Poisson blending: an object's differences inside its mask, the background's values at its border, solved exactly; and
-the random walker, another system on the pixels of an image, by the same multigrid."""
+the random walker, another system on the pixels of an image."""
 
 from __future__ import annotations
 
