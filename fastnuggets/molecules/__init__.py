@@ -5,6 +5,7 @@ Needs the extra ``fastnuggets[molecules]`` as soon as a file is touched; ``Molec
 
 from fastnuggets.molecules.batch import BONDI_RADII, ELEMENTS, Molecules, atomic_numbers, bondi_radii
 from fastnuggets.molecules.embedding import Conformer, conformers
+from fastnuggets.molecules.fingerprints import Fingerprints, fingerprints_of_file
 from fastnuggets.molecules.grids import GridInfo, Grids, GridWriter, open_grids
 from fastnuggets.molecules.readers import Record, count_records, read
 from fastnuggets.molecules.table import iter_table, load_table, save_table
@@ -13,6 +14,7 @@ __all__ = [
     "BONDI_RADII",
     "ELEMENTS",
     "Conformer",
+    "Fingerprints",
     "GridInfo",
     "GridWriter",
     "Grids",
@@ -22,6 +24,7 @@ __all__ = [
     "bondi_radii",
     "conformers",
     "count_records",
+    "fingerprints_of_file",
     "iter_table",
     "load_table",
     "open_grids",

@@ -117,6 +117,17 @@ def count_records(path: str | os.PathLike[str]) -> int:
     return sum(1 for line in lines if not line.isspace()) + len(damage)
 
 
+def why_not(molecule: Any) -> str:
+    """Why RDKit cannot work with a SMILES or a molecule."""
+    messages: list[str] = []
+    try:
+        with _rdkit_messages(messages):
+            mol = _parse_smiles(molecule) if isinstance(molecule, str) else need("rdkit.Chem").RemoveHs(molecule)
+        return "no atoms" if mol is not None and mol.GetNumAtoms() == 0 else _reason(messages)
+    except (_BrokenError, ValueError, RuntimeError) as error:
+        return in_one_line(error)
+
+
 def _format(path: Path) -> _Format:
     name = path.name.lower().removesuffix(".gz")
     ending = name[name.rfind(".") :] if "." in name else ""

@@ -1,0 +1,65 @@
+"""Fingerprints of a block of molecules, and the loop of the process that makes them.
+
+Started as a script by path, so that a worker loads RDKit alone and neither torch nor the caller's __main__.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+WIDTHS = {"maccs": 24, "morgan": 128}  # bytes of a row: whole words of 64 bits
+
+Block = tuple[bytes, list[int]]  # the rows one after the other; positions of those that RDKit cannot read
+
+
+def compute(kind: str, molecules: Sequence[Any]) -> Block:
+    """Rows of the SMILES, or molecules, that can be read."""
+    from rdkit import Chem, DataStructs, rdBase
+
+    fingerprint, unused = _method(kind)
+    rows, broken = [], []
+    with rdBase.BlockLogs():
+        for position, molecule in enumerate(molecules):
+            try:
+                mol = Chem.MolFromSmiles(molecule) if isinstance(molecule, str) else Chem.RemoveHs(molecule)
+                if mol is None or mol.GetNumAtoms() == 0:
+                    raise ValueError
+                row = int.from_bytes(DataStructs.BitVectToBinaryText(fingerprint(mol)), "little") >> unused
+            except (ValueError, RuntimeError):
+                broken.append(position)
+            else:
+                rows.append(row.to_bytes(WIDTHS[kind], "little"))
+    return b"".join(rows), broken
+
+
+@cache
+def _method(kind: str) -> tuple[Callable[[Any], Any], int]:
+    """RDKit's function, and how many of its first bits are never used."""
+    from rdkit.Chem import MACCSkeys, rdFingerprintGenerator
+
+    if kind == "maccs":
+        return MACCSkeys.GenMACCSKeys, 1
+    return rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024).GetFingerprint, 0
+
+
+def serve() -> None:
+    """Answer pickled blocks from stdin on stdout until stdin ends."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not get between the replies
+    while True:
+        try:
+            task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(compute(*task), replies)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its modules must not stand in for others of the same name
+    serve()
