@@ -240,6 +240,8 @@ def test_gradgradcheck(case, device):
 def test_a_missing_derivative_is_an_error(case, device):
     """Neither zero nor silence: whoever differentiates further than the op goes is told so."""
     args = case.samples(device, torch.float64)["typical"]
+    if not any(t.is_floating_point() for t in tensors_in(args)):
+        pytest.skip("nothing to differentiate by")
     leaves = map_tensors(lambda a: a.detach().clone().requires_grad_(a.is_floating_point()), args)
     if not case.differentiable:
         with pytest.raises(RuntimeError, match=r"derivative|differentiable|does not require grad"):

@@ -34,6 +34,7 @@ from fastnuggets.ops.sample import (
     rsample_normal_kl,
     variance_kl,
 )
+from fastnuggets.ops.screen import tanimoto_topk
 from fastnuggets.ops.voxelize import GridBuffer, atom_relevance, voxelize
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "swag_sample_",
     "swag_update_",
     "swap_",
+    "tanimoto_topk",
     "variance_kl",
     "voxelize",
     "weighted_sum_",

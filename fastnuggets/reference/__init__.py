@@ -23,6 +23,7 @@ from fastnuggets.reference.sample import (
     scaled_noise,
     std_of,
 )
+from fastnuggets.reference.screen import tanimoto, tanimoto_topk
 from fastnuggets.reference.voxelize import atom_relevance, voxelize
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "std_of",
     "stochastic_bfloat16",
     "swag_update",
+    "tanimoto",
+    "tanimoto_topk",
     "transposed",
     "voxelize",
     "weighted_sum",
