@@ -418,6 +418,17 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Ten
     return torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
 
 
+def _pulled_back(
+    function: Callable[..., Tensor], given: Sequence[Tensor | None], grad: Tensor, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of a function of `given`, empty where they are not wanted; None is no input."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        found = iter(_gradients([function(*leaves)], [t for t in leaves if t is not None], [grad]))
+    gradients = [grad.new_zeros(0) if t is None else next(found).detach() for t in leaves]
+    return tuple(g if w else grad.new_zeros(0) for g, w in zip(gradients, wanted, strict=True))
+
+
 def _reference_segment_sum(x: Tensor, ptr: Tensor) -> Tensor:
     ends = ptr.tolist()
     sums = [x[start:stop].sum(0) for start, stop in itertools.pairwise(ends)]
@@ -1131,21 +1142,9 @@ def _reference_composite(
     labels: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if ptr is None:  # one image
-        image, ids, area = _reference_composite(
-            background[None],
-            pixels,
-            mask,
-            sizes,
-            torch.tensor([0, len(sizes)]),
-            place,
-            matrix,
-            mix,
-            nearest,
-            taps,
-            zero_edge,
-            channels_last,
-            labels,
-        )
+        alone = torch.tensor([0, len(sizes)])
+        rule = mix, nearest, taps, zero_edge, channels_last, labels
+        image, ids, area = _reference_composite(background[None], pixels, mask, sizes, alone, place, matrix, *rule)
         return image[0], ids[0] if labels else ids, area
     channels = background.shape[-1 if channels_last else 1]
     images, masks = [], []
@@ -1171,15 +1170,12 @@ def _reference_composite(
 
 
 def _reference_composite_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    *arguments, wanted = given
-    for i in (0, 1, 2, 6):
-        if arguments[i] is not None:
-            arguments[i] = arguments[i].detach().requires_grad_()
-    with torch.enable_grad():
-        image = _reference_composite(*arguments)[0]
-        inputs = [arguments[i] for i in (0, 1, 2, 6) if arguments[i] is not None]
-        found = iter(_gradients([image], inputs, [grad]))
-    return tuple(next(found).detach() if w else grad.new_zeros(0) for w in wanted)
+    background, pixels, mask, sizes, ptr, place, matrix, *rule, wanted = given
+
+    def image(background: Tensor, pixels: Tensor, mask: Tensor, matrix: Tensor | None) -> Tensor:
+        return _reference_composite(background, pixels, mask, sizes, ptr, place, matrix, *rule)[0]
+
+    return _pulled_back(image, (background, pixels, mask, matrix), grad, wanted)
 
 
 _COMPOSITE = ("background", "pixels", "mask", "matrix")
@@ -1279,12 +1275,8 @@ def _reference_poisson(
 
 
 def _reference_poisson_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    *arguments, wanted = given
-    leaves = [t.detach().requires_grad_() for t in arguments[:3]]
-    with torch.enable_grad():
-        image = _reference_poisson(*leaves, *arguments[3:])[0]
-        found = _gradients([image], leaves, [grad])
-    return tuple(f.detach() if w else grad.new_zeros(0) for f, w in zip(found, wanted, strict=True))
+    background, pixels, mask, *rest, wanted = given
+    return _pulled_back(lambda *images: _reference_poisson(*images, *rest)[0], (background, pixels, mask), grad, wanted)
 
 
 # The image and the estimate of its error, in grey levels, are held to one bound: that which was asked for.
@@ -1457,11 +1449,7 @@ def _reference_multiband(background: Tensor, foreground: Tensor, mask: Tensor, l
 
 def _reference_multiband_backward(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
     *images, levels, last, wanted = given
-    leaves = [t.detach().requires_grad_() for t in images]
-    under, over, mask = leaves
-    with torch.enable_grad():
-        found = _gradients([_reference_multiband(under, over, mask, levels, last)], leaves, [grad])
-    return tuple(f.detach() if w else grad.new_zeros(0) for f, w in zip(found, wanted, strict=True))
+    return _pulled_back(lambda u, o, m: _reference_multiband(u, o, m, levels, last), images, grad, wanted)
 
 
 register(
@@ -1508,43 +1496,5 @@ register(
         dtypes=_FLOATING,
         any_dtype=("grad", "background", "foreground", "mask"),
         tolerance=_FILTERED,
-    )
-)
-
-
-# --- screen -----------------------------------------------------------------------------------------------------------
-
-# queries, rows, bytes a row, k, threshold
-_SCREENS = {
-    "typical": (3, 20, 16, 4, 0.1),
-    "larger": (5, 70, 24, 4, 0.1),
-    "one": (1, 1, 8, 1, 0.0),
-    "empty": (0, 5, 8, 2, 0.0),
-    "parallel": (130, 5000, 24, 7, 0.0),
-    "no rows": (2, 0, 8, 3, 0.0),
-    "few rows": (4, 30, 128, 40, 0.0),
-    "few above": (4, 300, 40, 20, 0.25),
-    "no bytes": (2, 3, 0, 2, 0.0),
-}
-
-
-def _tanimoto_samples(device: torch.device, dtype: torch.dtype) -> Samples:
-    made = {}
-    for name, (queries, rows, width, k, threshold) in _SCREENS.items():
-        uniform = _random(rows + width, torch.device("cpu"), torch.float32)
-        bits = [uniform(0, 1, n, width, 8) < uniform(0.02, 0.5, n, 1, 1) for n in (queries, rows)]
-        bits[1][::9] = False
-        packed = [(b * (1 << torch.arange(8))).sum(2, dtype=torch.int64).to(device, torch.uint8) for b in bits]
-        made[name] = (*packed, k, threshold)
-    return made
-
-
-# Fractions of whole numbers: their order is exact and the quotient is rounded once.
-register(
-    OpCase(
-        "fastnuggets::tanimoto_topk",
-        _tanimoto_samples,
-        reference.tanimoto_topk,
-        tolerance={torch.float32: 0.0, torch.float64: 0.0},
     )
 )

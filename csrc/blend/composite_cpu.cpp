@@ -1354,29 +1354,12 @@ void composite_backward_as(const CompositeBackward& how) {
   gradients.store();
 }
 
-// Calls body with a number of the type.
-template <class Body>
-void for_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float());
-    case Dtype::float64:
-      return body(double());
-    case Dtype::float16:
-      return body(Half());
-    case Dtype::bfloat16:
-      return body(BFloat16());
-    default:
-      return body(Byte());
-  }
-}
-
 void composite_cpu(const Composite& how) {
-  for_dtype(how.dtype, [&](auto of) { composite_as<decltype(of)>(how); });
+  for_pixels(how.dtype, [&](auto of) { composite_as<decltype(of)>(how); });
 }
 
 void composite_backward_cpu(const CompositeBackward& how) {
-  for_dtype(how.forward.dtype, [&](auto of) {
+  for_pixels(how.forward.dtype, [&](auto of) {
     if constexpr (!std::is_same_v<decltype(of), Byte>) composite_backward_as<decltype(of)>(how);
   });
 }

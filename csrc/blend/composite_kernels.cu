@@ -390,23 +390,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- host
 
-// Calls body with a number of the type.
-template <class Body>
-void for_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float());
-    case Dtype::float64:
-      return body(double());
-    case Dtype::float16:
-      return body(Half());
-    case Dtype::bfloat16:
-      return body(BFloat16());
-    default:
-      return body(std::uint8_t());
-  }
-}
-
 dim3 blocks(Index count) { return dim3(unsigned((count + kThreads - 1) / kThreads)); }
 
 // More pixels than are within reach of all objects, for all that the host knows.
@@ -496,7 +479,7 @@ std::size_t scratch_bytes(const Composite& how) {
 void composite(const Composite& how, void* scratch, cudaStream_t stream) {
   Laid* const laid = static_cast<Laid*>(scratch);
   FN_LAUNCH(lay_out, dim3(1), dim3(kThreads), 0, stream, how, laid);
-  for_dtype(how.dtype, [&](auto type) {
+  for_pixels(how.dtype, [&](auto type) {
     using S = decltype(type);
     FN_LAUNCH((draw<S, false>), tiles(how), dim3(kThreads), blur_bytes<Real<S>>(how), stream, how, laid, Kept<S>{});
   });
@@ -504,12 +487,12 @@ void composite(const Composite& how, void* scratch, cudaStream_t stream) {
 
 std::size_t scratch_bytes(const CompositeBackward& how) {
   Scratch room(nullptr);
-  for_dtype(how.forward.dtype, [&](auto type) { BackwardScratch<decltype(type)>(how, room); });
+  for_pixels(how.forward.dtype, [&](auto type) { BackwardScratch<decltype(type)>(how, room); });
   return room.used();
 }
 
 void composite_backward(const CompositeBackward& how, void* scratch, cudaStream_t stream) {
-  for_dtype(how.forward.dtype, [&](auto type) {
+  for_pixels(how.forward.dtype, [&](auto type) {
     using S = decltype(type);
     if constexpr (!std::is_same_v<S, std::uint8_t>) backward_as<S>(how, scratch, stream);
   });

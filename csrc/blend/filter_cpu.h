@@ -94,34 +94,4 @@ void share_out(const Job& job, Index units, Index size) {
                    [&](Index from, Index to) { kernel(job, from, to); });
 }
 
-// CALL with S the type that is stored.
-#define FN_BY_DTYPE(DTYPE, ...) \
-  switch (DTYPE) {              \
-    case Dtype::uint8: {        \
-      using S = std::uint8_t;   \
-      __VA_ARGS__;              \
-      break;                    \
-    }                           \
-    case Dtype::float64: {      \
-      using S = double;         \
-      __VA_ARGS__;              \
-      break;                    \
-    }                           \
-    case Dtype::float16: {      \
-      using S = Half;           \
-      __VA_ARGS__;              \
-      break;                    \
-    }                           \
-    case Dtype::bfloat16: {     \
-      using S = BFloat16;       \
-      __VA_ARGS__;              \
-      break;                    \
-    }                           \
-    default: {                  \
-      using S = float;          \
-      __VA_ARGS__;              \
-      break;                    \
-    }                           \
-  }
-
 }  // namespace fastnuggets::filter

@@ -451,19 +451,9 @@ void backward_as(const MultibandBackward& how, cudaStream_t stream) {
 }  // namespace
 
 void taps(const FilterTaps& how, cudaStream_t stream) {
-  const dim3 blocks = blocks_for(how.shape);
-  switch (how.dtype) {
-    case Dtype::uint8:
-      return FN_LAUNCH(taps_kernel<std::uint8_t>, blocks, dim3(kThreads), 0, stream, how);
-    case Dtype::float64:
-      return FN_LAUNCH(taps_kernel<double>, blocks, dim3(kThreads), 0, stream, how);
-    case Dtype::float16:
-      return FN_LAUNCH(taps_kernel<Half>, blocks, dim3(kThreads), 0, stream, how);
-    case Dtype::bfloat16:
-      return FN_LAUNCH(taps_kernel<BFloat16>, blocks, dim3(kThreads), 0, stream, how);
-    default:
-      return FN_LAUNCH(taps_kernel<float>, blocks, dim3(kThreads), 0, stream, how);
-  }
+  for_pixels(how.dtype, [&](auto of) {
+    FN_LAUNCH(taps_kernel<decltype(of)>, blocks_for(how.shape), dim3(kThreads), 0, stream, how);
+  });
 }
 
 void step(const PyramidStep& how, cudaStream_t stream) {

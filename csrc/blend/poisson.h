@@ -26,15 +26,13 @@
 
 #include <cstdint>
 
+#include "common/storage.h"
+
 namespace fastnuggets::poisson {
 
 // The order is that of GUIDANCES in fastnuggets/ops/poisson.py.
 enum class Guidance : int { import, mixed, average };
 constexpr int kGuidances = 3;
-
-// How images, objects and masks are stored. uint8 counts to 255 and is rounded and clipped; the others count to 1 and
-// are not clipped. float64 is computed in float64, the rest in float32.
-enum class Pixel : int { uint8, float32, float64 };
 
 constexpr int kTable = 6;           // columns of the table: image, y, x, h, w, first pixel
 constexpr int kCoarsest = 4;        // both sides of the last level; there are at least two levels
@@ -46,7 +44,9 @@ struct Scene {
   const void* pixels;         // [P * C], object after object, each [C, h, w], or [h, w, C] if channels_last
   const void* mask;           // [P]; 0 to 255 or 0 to 1
   const std::int64_t* table;  // [N, 6] int64
-  Pixel dtype;
+  // How images, objects and masks are stored: uint8 counts to 255 and is rounded and clipped; float32 and float64 count
+  // to 1 and are not clipped. float64 is computed in float64, the rest in float32.
+  Dtype dtype;
   bool channels_last;
   std::int64_t B, C, H, W, N, P;
   std::int64_t max_h, max_w;  // no object is larger, so that a launch needs no look at the table

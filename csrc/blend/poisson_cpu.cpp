@@ -800,17 +800,11 @@ void run_as(const How& how) {
 }
 
 void run_blend(const Blend& how) {
-  switch (how.scene.dtype) {
-    case Pixel::uint8:
-      return run_as<std::uint8_t>(how);
-    case Pixel::float32:
-      return run_as<float>(how);
-    case Pixel::float64:
-      return run_as<double>(how);
-  }
+  if (how.scene.dtype == Dtype::uint8) return run_as<std::uint8_t>(how);
+  return how.scene.dtype == Dtype::float64 ? run_as<double>(how) : run_as<float>(how);
 }
 void run_backward(const BlendBackward& how) {
-  return how.scene.dtype == Pixel::float64 ? run_as<double>(how) : run_as<float>(how);
+  return how.scene.dtype == Dtype::float64 ? run_as<double>(how) : run_as<float>(how);
 }
 
 const Kernels kCpu{&run_blend, &run_backward};

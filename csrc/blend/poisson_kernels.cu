@@ -279,7 +279,7 @@ class Memory {
 };
 
 __device__ float grey_levels(const Job& job, float error, float largest) {
-  if (job.grad == nullptr) return job.scene.dtype == Pixel::uint8 ? error : error * 255.0f;
+  if (job.grad == nullptr) return job.scene.dtype == Dtype::uint8 ? error : error * 255.0f;
   return largest > 0.0f ? error / largest * 255.0f : error;
 }
 
@@ -1097,19 +1097,13 @@ void run(Job job, Scratch scratch, cudaStream_t stream) {
 }
 
 void run(const Job& job, Scratch scratch, cudaStream_t stream) {
-  switch (job.scene.dtype) {
-    case Pixel::uint8:
-      return run<std::uint8_t>(job, scratch, stream);
-    case Pixel::float32:
-      return run<float>(job, scratch, stream);
-    case Pixel::float64:
-      return run<double>(job, scratch, stream);
-  }
+  if (job.scene.dtype == Dtype::uint8) return run<std::uint8_t>(job, scratch, stream);
+  return job.scene.dtype == Dtype::float64 ? run<double>(job, scratch, stream) : run<float>(job, scratch, stream);
 }
 
 std::size_t scratch_bytes(Job job) {
   if (job.ny <= 0 || job.nx <= 0 || job.scene.C <= 0) return 0;
-  if (job.scene.dtype == Pixel::float64)
+  if (job.scene.dtype == Dtype::float64)
     lay_out<double>(job);
   else
     lay_out<float>(job);

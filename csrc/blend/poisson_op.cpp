@@ -38,19 +38,6 @@ Three call_backward(const at::Tensor& grad, FN_POISSON, std::array<bool, 3> want
   return op.call(grad, FN_PASS_ON, wanted);
 }
 
-Pixel pixel_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kByte:
-      return Pixel::uint8;
-    case at::kFloat:
-      return Pixel::float32;
-    case at::kDouble:
-      return Pixel::float64;
-    default:
-      TORCH_CHECK_TYPE(false, "poisson_blend: background must be uint8, float32 or float64, got ", t.scalar_type());
-  }
-}
-
 void check_like(const char* name, const at::Tensor& t, std::int64_t numel, const at::Tensor& background) {
   TORCH_CHECK_VALUE(t.dim() == 1 && (numel < 0 || t.numel() == numel), "poisson_blend: ", name, " must be [",
                     numel < 0 ? "P" : std::to_string(numel), "], got ", t.sizes());
@@ -69,7 +56,10 @@ struct Args {
   explicit Args(FN_POISSON) {
     TORCH_CHECK_VALUE(background.dim() == 4, "poisson_blend: background must be [B, C, H, W] or [B, H, W, C], got ",
                       background.sizes());
-    scene.dtype = pixel_of(background);
+    const at::ScalarType type = background.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kByte || type == at::kFloat || type == at::kDouble,
+                     "poisson_blend: background must be uint8, float32 or float64, got ", type);
+    scene.dtype = *dtype_of(type);
     check_like("mask", mask, -1, background);
     const auto size = [&](int axis, int last) { return background.size(channels_last ? last : axis); };
     scene.B = background.size(0);
@@ -120,7 +110,7 @@ Two poisson_blend(FN_POISSON) {
 Three poisson_blend_backward(const at::Tensor& grad, FN_POISSON, std::array<bool, 3> wanted) {
   const c10::OptionalDeviceGuard device(background.device());
   const Args args(FN_PASS_ON);
-  TORCH_CHECK_TYPE(args.scene.dtype != Pixel::uint8, "poisson_blend_backward: uint8 has no gradient");
+  TORCH_CHECK_TYPE(args.scene.dtype != Dtype::uint8, "poisson_blend_backward: uint8 has no gradient");
   TORCH_CHECK_VALUE(grad.sizes() == background.sizes() && grad.device() == background.device(),
                     "poisson_blend_backward: grad must be ", background.sizes(), " on ", background.device(), ", got ",
                     grad.sizes(), " on ", grad.device());

@@ -25,6 +25,28 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
+// Calls body with a number of the type, of those with a fraction.
+template <class Body>
+void for_floating(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float());
+    case Dtype::float64:
+      return body(double());
+    case Dtype::float16:
+      return body(Half());
+    default:
+      return body(BFloat16());
+  }
+}
+
+// The same of those and of bytes: what images are made of.
+template <class Body>
+void for_pixels(Dtype dtype, Body body) {
+  if (dtype == Dtype::uint8) return body(std::uint8_t());
+  for_floating(dtype, body);
+}
+
 // The type that is computed in.
 template <class S>
 struct Compute {

@@ -540,21 +540,6 @@ __global__ void __launch_bounds__(is_long ? kLongThreads : kThreads)
 
 // ---- host
 
-// Calls body with a number of the type.
-template <class Body>
-void for_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float());
-    case Dtype::float64:
-      return body(double());
-    case Dtype::float16:
-      return body(Half());
-    default:
-      return body(BFloat16());
-  }
-}
-
 dim3 blocks(Index count, int of_block) { return dim3(unsigned((count + of_block - 1) / of_block)); }
 
 // Without sums over rows a tensor is one row, whose pieces are blocks of the stream.
@@ -580,7 +565,7 @@ void sum_pieces(const Tiles& tiles, const double* pieces, void* sums, cudaStream
 void scaled_noise(const ScaledNoise& how, cudaStream_t stream) {
   const Parameter parameter(how.kind, how.parameter);
   const dim3 grid = blocks(how.numel, kNoiseTile);
-  for_dtype(how.dtype, [&](auto of) {
+  for_floating(how.dtype, [&](auto of) {
     using S = decltype(of);
     if (how.kind == Kind::keep)
       FN_LAUNCH((scaled_noise_tile<S, kHalves>), grid, dim3(kThreads), 0, stream, how, parameter);
@@ -594,7 +579,7 @@ std::size_t scratch_bytes(const Normal& how) { return how.kl == nullptr ? 0 : by
 void normal(const Normal& how, Scratch scratch, cudaStream_t stream) {
   const Tiles tiles = tiles_of(how.dtype, how.shape, how.kl != nullptr);
   double* const pieces = static_cast<double*>(scratch.data);
-  for_dtype(how.dtype, [&](auto of) {
+  for_floating(how.dtype, [&](auto of) {
     using S = decltype(of);
     FN_LAUNCH(normal_tile<S>, tiles.grid(), dim3(kThreads), 0, stream, how, tiles, pieces);
     if (how.kl != nullptr) sum_pieces<Real<S>>(tiles, pieces, how.kl, stream);
@@ -603,7 +588,7 @@ void normal(const Normal& how, Scratch scratch, cudaStream_t stream) {
 
 void normal_backward(const NormalBackward& how, cudaStream_t stream) {
   const Tiles tiles = tiles_of(how.forward.dtype, how.forward.shape, how.grad_kl != nullptr);
-  for_dtype(how.forward.dtype, [&](auto of) {
+  for_floating(how.forward.dtype, [&](auto of) {
     FN_LAUNCH(normal_backward_tile<decltype(of)>, tiles.grid(), dim3(kThreads), 0, stream, how, tiles);
   });
 }
@@ -615,7 +600,7 @@ std::size_t scratch_bytes(const LogUniform& how) {
 void log_uniform(const LogUniform& how, Scratch scratch, cudaStream_t stream) {
   const Tiles tiles(how.dtype, how.shape);
   double* const pieces = static_cast<double*>(scratch.data);
-  for_dtype(how.dtype, [&](auto of) {
+  for_floating(how.dtype, [&](auto of) {
     using S = decltype(of);
     FN_LAUNCH(log_uniform_tile<S>, tiles.grid(), dim3(kThreads), 0, stream, how, tiles, pieces);
     if (how.grad == nullptr) sum_pieces<Real<S>>(tiles, pieces, how.kl, stream);
@@ -638,7 +623,7 @@ void gumbel_softmax(const GumbelSoftmax& how, Scratch scratch, cudaStream_t stre
   if (tiles.n == 0) return;
   const std::size_t bytes = row_bytes(how);
   const Index most = bytes == 0 ? tiles.rows : Index(scratch.bytes / bytes);
-  for_dtype(how.dtype, [&](auto of) {
+  for_floating(how.dtype, [&](auto of) {
     using S = decltype(of);
     if (tiles.pieces == 1)
       FN_LAUNCH(gumbel_softmax_tile<S>, tiles.grid(), dim3(kThreads), 0, stream, how, tiles);
@@ -651,7 +636,7 @@ void gumbel_softmax(const GumbelSoftmax& how, Scratch scratch, cudaStream_t stre
 void gumbel_softmax_backward(const GumbelSoftmaxBackward& how, cudaStream_t stream) {
   const Tiles tiles(how.dtype, how.shape);
   if (tiles.n == 0) return;
-  for_dtype(how.dtype, [&](auto of) {
+  for_floating(how.dtype, [&](auto of) {
     using S = decltype(of);
     if (tiles.pieces == 1)
       FN_LAUNCH((gumbel_softmax_backward_row<S, false>), blocks(tiles.rows, kThreads >> tiles.team_bits),

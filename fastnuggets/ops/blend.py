@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastnuggets import _C
+from fastnuggets.ops.choices import number_of
 
 # The order of these is that of the enum in csrc/blend/composite.h, premultiplied ones after the others.
 _MIXES = {"none": 0, "gaussian": 0, "box": 0, "difference": 1}
@@ -174,8 +175,7 @@ def composite(
     D. Dwibedi, I. Misra, M. Hebert, Cut, Paste and Learn, ICCV 2017, arXiv:1708.01642; T. Porter, T. Duff, Compositing
     Digital Images, SIGGRAPH 1984.
     """
-    packed = objects if isinstance(objects, Objects) else _packed(background, objects, masks, channels_last)
-    _check(background, packed, channels_last)
+    packed = objects_for(background, objects, masks, channels_last)
     mix, taps = _rule(mode, size, sigma, premultiplied)
     place, forward = _where(packed, position, scale, angle, flip, matrix)
     if ptr is not None and not isinstance(ptr, Tensor):
@@ -184,10 +184,32 @@ def composite(
     op = _OPS.composite if torch.compiler.is_compiling() or not hasattr(_C, "composite") else _C.composite
     image, ids, area = op(
         background, packed.pixels, packed.mask, packed.sizes, ptr, place, forward, mix,
-        _number("interpolation", interpolation, INTERPOLATIONS) == 1, taps, _number("edge", edge, EDGES) == 1,
+        number_of("interpolation", interpolation, INTERPOLATIONS) == 1, taps, number_of("edge", edge, EDGES) == 1,
         channels_last, labels,
     )  # fmt: skip
     return Composite(image, ids, area) if labels else image
+
+
+def objects_for(
+    background: Tensor,
+    objects: Objects | Sequence[Tensor] | Tensor,
+    masks: Sequence[Tensor] | Tensor | None,
+    channels_last: bool,
+) -> Objects:
+    """What is to be laid on a background, packed, and of its type and channels."""
+    if background.dim() not in (3, 4):
+        raise ValueError(f"background must be [B, C, H, W] or [C, H, W], got {tuple(background.shape)}")
+    if not isinstance(objects, Objects):
+        objects = _packed(background, objects, masks, channels_last)
+    if objects.pixels.dtype != background.dtype:
+        raise TypeError(f"objects must be {background.dtype} like background, got {objects.pixels.dtype}")
+    channels = background.size(-1 if channels_last else -3)
+    if (objects.channels, objects.channels_last) != (channels, channels_last):
+        raise ValueError(
+            f"objects must have {channels} channels, {'last' if channels_last else 'first'}, like background, got "
+            f"{objects.channels}, {'last' if objects.channels_last else 'first'}"
+        )
+    return objects
 
 
 def _packed(
@@ -203,30 +225,10 @@ def _packed(
     return Objects(nothing, nothing, sizes, (0, 0), channels, channels_last)
 
 
-def _check(images: Tensor, objects: Objects, channels_last: bool) -> None:
-    if images.dim() not in (3, 4):
-        raise ValueError(f"background must be [B, C, H, W] or [C, H, W], got {tuple(images.shape)}")
-    if objects.pixels.dtype != images.dtype:
-        raise TypeError(f"objects must be {images.dtype} like background, got {objects.pixels.dtype}")
-    channels = images.size(-1 if channels_last else -3)
-    if (objects.channels, objects.channels_last) != (channels, channels_last):
-        raise ValueError(
-            f"objects must have {channels} channels, {'last' if channels_last else 'first'}, like background, got "
-            f"{objects.channels}, {'last' if objects.channels_last else 'first'}"
-        )
-
-
-def _number(name: str, value: str, names: Sequence[str]) -> int:
-    try:
-        return names.index(value)
-    except ValueError:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}") from None
-
-
 @cache
 def _rule(mode: str, size: int, sigma: float, premultiplied: bool) -> tuple[int, list[float]]:
     """The number of the mix, and the taps from the middle outwards: none without a blur."""
-    _number("mode", mode, MODES)
+    number_of("mode", mode, MODES)
     mix = _MIXES[mode] + _PREMULTIPLIED * premultiplied
     if mode not in ("gaussian", "box"):
         return mix, []

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnuggets.ops.blend import Objects, pack_objects
+from fastnuggets.ops.blend import Objects, objects_for
+from fastnuggets.ops.choices import number_of
 
 # The order of these is that of the enum in csrc/blend/poisson.h.
 GUIDANCES = ("import", "mixed", "average")
@@ -83,10 +84,9 @@ def poisson_blend(
 
     P. Perez, M. Gangnet, A. Blake, Poisson Image Editing, SIGGRAPH 2003.
     """
-    packed = _packed(background, objects, masks, channels_last)
-    _check(background, packed, channels_last)
-    _number("domain", domain, DOMAINS)
-    kind = _number("guidance", guidance, GUIDANCES)
+    packed = objects_for(background, objects, masks, channels_last)
+    number_of("domain", domain, DOMAINS)
+    kind = number_of("guidance", guidance, GUIDANCES)
     images = background if background.dim() == 4 else background[None]
     dtype = images.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -109,42 +109,6 @@ def poisson_blend(
         if check:
             _raise_unless_solved(info, numbers, tolerance, max_cycles)
     return images.to(dtype).reshape(background.shape)
-
-
-def _packed(
-    background: Tensor,
-    objects: Objects | Sequence[Tensor] | Tensor,
-    masks: Sequence[Tensor] | Tensor | None,
-    last: bool,
-) -> Objects:
-    if isinstance(objects, Objects):
-        return objects
-    if masks is None:
-        raise ValueError("masks must be given with objects that are not packed, got None")
-    if len(objects) or len(masks):
-        return pack_objects(list(objects), list(masks), channels_last=last)
-    nothing = background.new_empty(0)
-    sizes = torch.empty((0, 3), dtype=torch.int64, device=background.device)
-    return Objects(nothing, nothing, sizes, (0, 0), background.size(-1 if last else -3), last)
-
-
-def _check(background: Tensor, objects: Objects, channels_last: bool) -> None:
-    if background.dim() not in (3, 4):
-        raise ValueError(f"background must be [B, C, H, W] or [C, H, W], got {tuple(background.shape)}")
-    if objects.pixels.dtype != background.dtype:
-        raise TypeError(f"objects must be {background.dtype} like background, got {objects.pixels.dtype}")
-    channels = background.size(-1 if channels_last else -3)
-    if (objects.channels, objects.channels_last) != (channels, channels_last):
-        raise ValueError(
-            f"objects must have {channels} channels, {'last' if channels_last else 'first'}, like background, got "
-            f"{objects.channels}, {'last' if objects.channels_last else 'first'}"
-        )
-
-
-def _number(name: str, value: str, names: Sequence[str]) -> int:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-    return names.index(value)
 
 
 def _place(position: Tensor | Sequence[Sequence[int]] | None, objects: Objects) -> Tensor:

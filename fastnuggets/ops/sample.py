@@ -30,6 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from fastnuggets.ops.choices import number_of
+
 # The order of these is that of the enums in csrc/sample/sample.h.
 KINDS = ("normal", "uniform", "laplace", "logistic", "gumbel", "exponential", "sign", "keep", "gain")
 FORMS = ("std", "logvar", "log_std", "var", "rho")
@@ -92,7 +94,7 @@ def noise_(
     generator: Generator | None = None,
 ) -> Tensor:
     """:func:`noise` into a tensor of any strides, which is returned."""
-    number = _number("kind", kind, PLAIN)
+    number = number_of("kind", kind, PLAIN)
     with torch.no_grad():
         _OPS.fill_noise_(out, loc, scale, noise_key(out.device, key=key, generator=generator), number, 0.0)
     return out
@@ -119,7 +121,7 @@ def rsample(
         loc, scale = _together(loc=loc, scale=scale)
         drawn = _scaled(_wide(loc), _wide(scale), "normal", 0.0, key, generator)
         return drawn.exp().to(loc.dtype)
-    _number("kind", kind, PLAIN)
+    number_of("kind", kind, PLAIN)
     loc, scale = _together(loc=loc, scale=scale)
     return _scaled(loc, scale, kind, 0.0, key, generator)
 
@@ -139,8 +141,8 @@ def rsample_normal(
     """
     mean, spread = _together(mean=mean, spread=spread)
     drawn: Tensor = _OPS.rsample_normal(
-        mean, spread, None, None, noise_key(mean.device, key=key, generator=generator), _number("form", form, FORMS), 0,
-        [True, False, False],
+        mean, spread, None, None, noise_key(mean.device, key=key, generator=generator),
+        number_of("form", form, FORMS), 0, [True, False, False],
     )[0]  # fmt: skip
     return drawn
 
@@ -159,7 +161,7 @@ def rsample_normal_kl(
     """:func:`rsample_normal` and :func:`kl_normal` in one pass, forward and backward: (z, kl)."""
     inputs = _with_prior(mean, spread, prior_mean, prior_std)
     z, _, kl = _OPS.rsample_normal(
-        *inputs, noise_key(mean.device, key=key, generator=generator), _number("form", form, FORMS), event_dims,
+        *inputs, noise_key(mean.device, key=key, generator=generator), number_of("form", form, FORMS), event_dims,
         [True, False, True],
     )  # fmt: skip
     return z, kl
@@ -185,7 +187,7 @@ def kl_normal(
     """
     inputs = _with_prior(mean, spread, prior_mean, prior_std)
     wanted = [False, False, True]
-    kl: Tensor = _OPS.rsample_normal(*inputs, None, _number("form", form, FORMS), event_dims, wanted)[2]
+    kl: Tensor = _OPS.rsample_normal(*inputs, None, number_of("form", form, FORMS), event_dims, wanted)[2]
     return kl
 
 
@@ -204,7 +206,7 @@ def variance_kl(
     """
     inputs = _with_prior(mean, spread, prior_mean, prior_std)
     wanted = [False, True, True]
-    _, var, kl = _OPS.rsample_normal(*inputs, None, _number("form", form, FORMS), event_dims, wanted)
+    _, var, kl = _OPS.rsample_normal(*inputs, None, number_of("form", form, FORMS), event_dims, wanted)
     return var, kl
 
 
@@ -359,14 +361,8 @@ def kl_log_uniform(log_alpha: Tensor, *, approximation: str = "molchanov", event
     D. Molchanov, A. Ashukha, D. Vetrov, Variational Dropout Sparsifies Deep Neural Networks, ICML 2017,
     arXiv:1701.05369; D. Kingma et al., arXiv:1506.02557.
     """
-    kl: Tensor = _OPS.kl_log_uniform(log_alpha, _number("approximation", approximation, APPROXIMATIONS), event_dims)
+    kl: Tensor = _OPS.kl_log_uniform(log_alpha, number_of("approximation", approximation, APPROXIMATIONS), event_dims)
     return kl
-
-
-def _number(name: str, given: str, names: tuple[str, ...]) -> int:
-    if given not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {given!r}")
-    return names.index(given)
 
 
 def _together(**given: Tensor | float) -> list[Tensor]:
@@ -417,7 +413,7 @@ def _scaled(
 
 def _log_std(spread: Tensor, form: str) -> Tensor:
     """ln of the standard deviation, in float32 at least."""
-    _number("form", form, FORMS)
+    number_of("form", form, FORMS)
     if form == "rho":  # far below 0 the softplus is exp(rho), which underflows before its logarithm does
         return torch.where(spread < -16, spread, torch.nn.functional.softplus(spread.clamp_min(-16)).log())
     if form in ("logvar", "log_std"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnuggets import _C
+from fastnuggets.ops.choices import number_of
 
 # The order is that of the enums in csrc/voxelize/voxelize.h.
 DENSITIES = ("nearest", "trilinear", "sphere", "gaussian", "wave", "molgrid", "molvoxel", "pyuul", "moleculekit")
@@ -251,9 +252,7 @@ def _numbers(density: str, combine: str | None) -> tuple[int, int]:
     if name not in DENSITIES:
         raise ValueError(f"density must be one of {', '.join((*DENSITIES, *_SAME_FORMULA))}, got {density!r}")
     combine = _OWN_COMBINE.get(density, "sum") if combine is None else combine
-    if combine not in COMBINES:
-        raise ValueError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
-    return DENSITIES.index(name), COMBINES.index(combine)
+    return DENSITIES.index(name), number_of("combine", combine, COMBINES)
 
 
 def one_molecule(coords: Tensor) -> Tensor:

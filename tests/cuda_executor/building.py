@@ -1,8 +1,12 @@
 """Compiles kernels files with g++ and the stand-in for the CUDA runtime, once per change of a source."""
 
+import ctypes
 import os
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -34,3 +38,23 @@ def build(
         raise RuntimeError(f"{sources[0].name} does not compile:\n{result.stderr}")
     unfinished.rename(target)
     return target
+
+
+def load(*sources: Path, functions: Iterable[str]) -> ctypes.CDLL:
+    """The library of a driver; `functions` return what went wrong, or None. With sanitizers if FN_SANITIZED is set."""
+    library = ctypes.CDLL(build(*sources, sanitize="FN_SANITIZED" in os.environ, shared=True))
+    for name in functions:
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def both_orders(kernels: Callable[[], ctypes.CDLL]) -> object:
+    """A fixture that runs each test of a module with a block's threads in order, and in reversed order."""
+
+    @pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
+    def thread_order(request):
+        kernels().set_thread_order(int(request.param))
+        yield request.param
+        kernels().set_thread_order(0)
+
+    return thread_order

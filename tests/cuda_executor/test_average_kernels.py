@@ -3,12 +3,11 @@
 import ctypes
 import itertools
 import math
-import os
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, both_orders, load
 from torch import Tensor
 
 from fastnuggets import reference  # and torch.ops.fastnuggets
@@ -83,10 +82,19 @@ def scalars(numbers: Tensor, on_device: bool = False) -> Scalars:
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    for name in ("update", "swag", "sample", "weighted_sum", "swap", "first_nonfinite", "sgd", "adamw"):
-        getattr(library, f"average_{name}").restype = ctypes.c_char_p
-    return library
+    return load(
+        *SOURCES,
+        functions=(
+            "average_update",
+            "average_swag",
+            "average_sample",
+            "average_weighted_sum",
+            "average_swap",
+            "average_first_nonfinite",
+            "average_sgd",
+            "average_adamw",
+        ),
+    )
 
 
 def run(name: str, columns: list[list[Tensor]], *how, streams=None) -> None:
@@ -105,11 +113,7 @@ def run(name: str, columns: list[list[Tensor]], *how, streams=None) -> None:
     assert message is None, message.decode()
 
 
-@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
-def thread_order(request):
-    kernels().set_thread_order(int(request.param))
-    yield
-    kernels().set_thread_order(0)
+thread_order = both_orders(kernels)
 
 
 def placed(values: Tensor, offset: int) -> Tensor:

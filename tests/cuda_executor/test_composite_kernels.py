@@ -1,12 +1,11 @@
 """The CUDA kernels of compositing, run on the CPU, against the CPU kernels."""
 
 import ctypes
-import os
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, both_orders, load
 
 from fastnuggets.testing import CASES
 
@@ -50,17 +49,10 @@ class CompositeBackward(ctypes.Structure):
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    for name in ("composite_forward", "composite_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    return library
+    return load(*SOURCES, functions=("composite_forward", "composite_backward"))
 
 
-@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
-def thread_order(request):
-    kernels().set_thread_order(int(request.param))
-    yield
-    kernels().set_thread_order(0)
+thread_order = both_orders(kernels)
 
 
 def data(tensor):

@@ -1,12 +1,11 @@
 """The CUDA kernels of filters, run on the CPU, against the CPU kernels: bytes are the same, floats within rounding."""
 
 import ctypes
-import os
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, both_orders, load
 
 from fastnuggets.ops.filters import BORDERS, STEPS
 
@@ -67,17 +66,10 @@ class MultibandBackward(ctypes.Structure):
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    for name in ("filter_taps", "filter_step", "filter_multiband", "filter_multiband_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    return library
+    return load(*SOURCES, functions=("filter_taps", "filter_step", "filter_multiband", "filter_multiband_backward"))
 
 
-@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
-def thread_order(request):
-    kernels().set_thread_order(int(request.param))
-    yield
-    kernels().set_thread_order(0)
+thread_order = both_orders(kernels)
 
 
 def run(name, how):

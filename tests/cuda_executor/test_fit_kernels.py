@@ -1,12 +1,11 @@
 """The CUDA kernel of fit_atoms, run on the CPU, against the definition in fastnuggets.reference."""
 
 import ctypes
-import os
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, both_orders, load
 
 from fastnuggets import reference
 
@@ -17,17 +16,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    for name in ("fit_float", "fit_double"):
-        getattr(library, name).restype = ctypes.c_char_p
-    return library
+    return load(*SOURCES, functions=("fit_float", "fit_double"))
 
 
-@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
-def thread_order(request):
-    kernels().set_thread_order(int(request.param))
-    yield
-    kernels().set_thread_order(0)
+thread_order = both_orders(kernels)
 
 
 def fit(grid, positions, amplitudes, ptr, sigma, omega, spacing, cutoff, iterations):

@@ -3,21 +3,20 @@
 import ctypes
 import itertools
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, load
 from torch import Tensor
 
 import fastnuggets  # noqa: F401  (registers torch.ops.fastnuggets)
 
 OPS = torch.ops.fastnuggets
 SOURCES = HERE / "poisson_driver.cpp", CSRC / "blend" / "poisson_kernels.cu"
-DTYPES = [torch.uint8, torch.float32, torch.float64]
+DTYPES = {torch.uint8: 5, torch.float32: 0, torch.float64: 1}  # as common/storage.h numbers them
 GUIDANCES = ["import", "mixed", "average"]
 # Shared memory of a block: all that is solved here fits, or hardly anything, so that all but the coarsest levels lie in
 # global memory.
@@ -29,7 +28,7 @@ class Scene(ctypes.Structure):
 
     _fields_ = [
         ("background", ctypes.c_void_p), ("pixels", ctypes.c_void_p), ("mask", ctypes.c_void_p),
-        ("table", ctypes.c_void_p), ("dtype", ctypes.c_int), ("channels_last", ctypes.c_bool),
+        ("table", ctypes.c_void_p), ("dtype", ctypes.c_uint8), ("channels_last", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in ("B", "C", "H", "W", "N", "P", "max_h", "max_w")),
         ("guidance", ctypes.c_int), ("soft", ctypes.c_bool),
     ]  # fmt: skip
@@ -52,8 +51,7 @@ class BlendBackward(ctypes.Structure):
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    library.poisson_blend.restype = library.poisson_blend_backward.restype = ctypes.c_char_p
+    library = load(*SOURCES, functions=("poisson_blend", "poisson_blend_backward"))
     library.poisson_scratch_bytes.restype = ctypes.c_size_t
     return library
 
@@ -182,7 +180,7 @@ class Case:
         self.given.append(torch.tensor(rows, dtype=torch.int64))
         images, channels, height, width = self.background.shape
         return Scene(
-            *(t.data_ptr() for t in self.given), DTYPES.index(self.dtype), self.channels_last, images, channels,
+            *(t.data_ptr() for t in self.given), DTYPES[self.dtype], self.channels_last, images, channels,
             height, width, len(rows), sum(sizes), max(row[3] for row in rows), max(row[4] for row in rows),
             GUIDANCES.index(self.guidance), self.soft,
         )  # fmt: skip

@@ -3,12 +3,11 @@
 import ctypes
 import itertools
 import math
-import os
 from functools import cache
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, both_orders, load
 from torch import Tensor
 
 from fastnuggets import reference  # and torch.ops.fastnuggets
@@ -87,11 +86,17 @@ class LogUniform(ctypes.Structure):
 
 @cache
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(build(*SOURCES, sanitize="FN_SANITIZED" in os.environ, shared=True))
-    for name in ("scaled_noise", "normal", "normal_backward", "gumbel_softmax", "gumbel_softmax_backward",
-                 "log_uniform"):  # fmt: skip
-        getattr(library, f"sample_{name}").restype = ctypes.c_char_p
-    return library
+    return load(
+        *SOURCES,
+        functions=(
+            "sample_scaled_noise",
+            "sample_normal",
+            "sample_normal_backward",
+            "sample_gumbel_softmax",
+            "sample_gumbel_softmax_backward",
+            "sample_log_uniform",
+        ),
+    )
 
 
 def run(name: str, how: ctypes.Structure, *more) -> None:
@@ -99,11 +104,7 @@ def run(name: str, how: ctypes.Structure, *more) -> None:
     assert message is None, message.decode()
 
 
-@pytest.fixture(params=[False, True], ids=["forward_order", "reversed_order"], autouse=True)
-def thread_order(request):
-    kernels().set_thread_order(int(request.param))
-    yield request.param
-    kernels().set_thread_order(0)
+thread_order = both_orders(kernels)
 
 
 def operand(value: Tensor | float | None, otherwise: float = 0.0) -> Operand:

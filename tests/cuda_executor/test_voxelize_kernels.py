@@ -1,14 +1,13 @@
 """The CUDA kernels of voxelize, run on the CPU, against the definition in fastnuggets.reference and the CPU kernels."""
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 
 import pytest
 import torch
-from building import CSRC, HERE, build
+from building import CSRC, HERE, load
 from torch import Tensor
 
 from fastnuggets import reference  # and torch.ops.fastnuggets
@@ -96,10 +95,9 @@ def address(tensor: Tensor | None) -> int | None:
 
 @cache
 def kernels() -> ctypes.CDLL:
-    sanitize = "FN_SANITIZED" in os.environ
-    library = ctypes.CDLL(build(*SOURCES, sanitize=sanitize, shared=True))
-    for name in ("forward", "backward", "sparse_count", "sparse_write", "segment_sum", "segment_expand"):
-        getattr(library, name).restype = ctypes.c_char_p
+    library = load(
+        *SOURCES, functions=("forward", "backward", "sparse_count", "sparse_write", "segment_sum", "segment_expand")
+    )
     library.sparse_tiles.restype = ctypes.c_int64
     return library
 
