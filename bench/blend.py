@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.cases import Contender, Gate, Group, Missing
 from bench.peers import needs
 from fastnuggets import ops
-from fastnuggets.demo_blend import equations, solved
+from fastnuggets.demo_blend import equations, judged, opencv, solved
 from fastnuggets.scenes import samples
 
 Size = tuple[int, int]
@@ -102,11 +102,10 @@ def exact(size: Size, guidance: str, mask: str = "cat", clipped: bool = True) ->
 
 def seen(image: Array, size: Size, guidance: str) -> str:
     """What a reader wants to know of a picture: its errors, and what it did outside the mask."""
-    off = np.abs(image.astype(float) - exact(size, guidance))
-    background, inside = pictures(size)[1:]
-    changed = (image != background).any(-1)[~inside]
-    largest, mean = off[inside].max(), off[inside].mean()
-    return f"{largest:.3g} grey levels at most, {mean:.2g} on average; {changed.mean():.0%} changed outside"
+    _, background, inside = pictures(size)
+    found = judged(image.astype(float), exact(size, guidance), inside, background)
+    outside = f"{found['outside']:.0%} changed outside"
+    return f"{found['largest']:.3g} grey levels at most, {found['mean']:.2g} on average; {outside}"
 
 
 def poisson_group(size: Size, device: str) -> Iterator[Contender | Missing]:
@@ -139,20 +138,10 @@ def poisson_row(
 
 @needs("cv2")
 def opencv_clone(size: Size, guidance: str) -> Contender:
-    import cv2
-
-    fg, bg, inside = pictures(size)
-    white = inside.astype(np.uint8) * 255
-    y, x = np.nonzero(inside)
-    # The centre of the mask's box, which it puts there; its own mask is overwritten.
-    center = (int(x.min() + (x.max() - x.min() + 1) // 2), int(y.min() + (y.max() - y.min() + 1) // 2))
-    flag = cv2.NORMAL_CLONE if guidance == "import" else cv2.MIXED_CLONE
-
-    def run() -> Array:
-        cv2.setNumThreads(torch.get_num_threads())
-        return np.asarray(cv2.seamlessClone(fg, bg, white.copy(), center, flag))
-
-    return poisson_row("OpenCV seamlessClone", size, guidance, run, run())
+    given = pictures(size)
+    return poisson_row(
+        "OpenCV seamlessClone", size, guidance, lambda: opencv(*given, guidance), opencv(*given, guidance)
+    )
 
 
 @needs("pietorch")

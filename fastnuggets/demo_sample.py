@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from fastnuggets import nn, ops
 from fastnuggets.demo_average import predict, score
-from fastnuggets.molecules.files import need
+from fastnuggets.molecules.files import cores, need
 from fastnuggets.parts import Parts, command, one_thread, settings
 
 CORNERS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # the centres of the toy's classes
@@ -486,8 +486,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         ),
     }
     found: dict[str, Any] = {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for threads in sorted({1, min(2, cores)}):
+    for threads in sorted({1, min(2, cores())}):
         torch.set_num_threads(threads)
         found[str(threads)] = {name: _medians(pair, plan.calls) for name, pair in cases.items()}
     torch.set_num_threads(1)

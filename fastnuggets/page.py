@@ -1,5 +1,44 @@
 """Templates of the demos' pages (string.Template): what they share, and the text and the viewer of the molecules."""
 
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from fastnuggets.figures import table
+from fastnuggets.molecules.files import atomic_write
+
+
+def write_page(
+    out: Path, name: str, template: str, fields: dict[str, Any], plan: Any, figures: dict[str, Any] | None = None
+) -> Path:
+    """NAME.html of a template, its fields and, where these say nothing, the plan's; and NAME.json of the figures."""
+    if figures is not None:
+        with atomic_write(out / f"{name}.json") as file:
+            file.write(json.dumps(figures, indent=1).encode())
+    path = out / f"{name}.html"
+    with atomic_write(path) as file:
+        file.write(Template(template).substitute(plan._asdict() | fields).encode())
+    return path
+
+
+def write_run(
+    path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]], tables: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A page of sections (title, HTML) and, at its end, tables of names and values."""
+    parts = [f"<section><h2>{html.escape(name)}</h2>{body}</section>" for name, body in sections]
+    for name, values in tables.items():
+        rows = [(html.escape(str(key)), html.escape(str(value))) for key, value in values.items()]
+        parts.append(f"<section class='text'><h2>{html.escape(name)}</h2>{table(['', ''], rows)}</section>")
+    page = Template(HEAD).substitute(title=html.escape(title)) + f'<p class="lead">{html.escape(lead)}</p>'
+    with atomic_write(path) as file:
+        file.write((page + "\n".join(parts) + "\n</main>\n</body>\n</html>\n").encode())
+
+
 HEAD = """<!doctype html>
 <html lang="en">
 <head>

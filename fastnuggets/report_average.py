@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +27,8 @@ from fastnuggets.demo_average import (
     Task,
 )
 from fastnuggets.figures import INK, chart, duration, svg, table
-from fastnuggets.molecules.files import atomic_write, need
-from fastnuggets.page import HEAD
+from fastnuggets.molecules.files import need
+from fastnuggets.page import HEAD, write_page
 from fastnuggets.training import CurveLoss, LossPlane, plot_curve, plot_plane
 
 TITLE = "Averages of weights: what they give, and where they give nothing"
@@ -222,11 +221,7 @@ def write(result: Result, out: Path) -> Path:
         fields[f"{name}_charts"] = f'<div class="two">{"".join(f"<div>{one}</div>" for one in charts)}</div>'
         fields[f"{name}_table"] = _table(result, task.name)
         fields[f"{name}_text"] = _text(result, task.name)
-    settings = {key: value for key, value in plan._asdict().items() if key not in fields}
-    path = out / "average.html"
-    with atomic_write(path) as file:
-        file.write(Template(PAGE).substitute(fields | settings).encode())
-    return path
+    return write_page(out, "average", PAGE, fields, plan)
 
 
 # Numbers

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 from fastnuggets import __version__
 from fastnuggets.demo_blend import (
     BACKGROUND,
+    CALLS,
     EVERY,
     GALLERY,
     KINDS,
@@ -33,8 +32,8 @@ from fastnuggets.demo_blend import (
     Result,
 )
 from fastnuggets.figures import INK, chart, image, pyplot, svg, table
-from fastnuggets.molecules.files import atomic_write, need
-from fastnuggets.page import HEAD
+from fastnuggets.molecules.files import need
+from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import Paired, common_fields, paired, spread
 
 TITLE = "Cut, paste, blend: exact to a quarter of a grey level, and what a detector makes of it"
@@ -179,7 +178,7 @@ def write(result: Result, out: Path) -> Path:
         "error_table": _error_table(result),
         "error_text": _error_text(result),
         "missing_peers": _missing(result),
-        "calls": 5,
+        "calls": CALLS,
         "kinds_count": len(KINDS),
         "kinds": ", ".join(KINDS),
         "side": SIDE,
@@ -195,13 +194,7 @@ def write(result: Result, out: Path) -> Path:
         "limits": _limits(result.plan),
         **common_fields(result),
     }
-    plan = {key: value for key, value in result.plan._asdict().items() if key not in fields}
-    with atomic_write(out / "blend.json") as file:
-        file.write(json.dumps(_figures(result), indent=1).encode())
-    path = out / "blend.html"
-    with atomic_write(path) as file:
-        file.write(Template(PAGE).substitute(fields | plan).encode())
-    return path
+    return write_page(out, "blend", PAGE, fields, result.plan, _figures(result))
 
 
 def _figures(result: Result) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +30,7 @@ from fastnuggets.demo_sample import (
 )
 from fastnuggets.figures import INK, bare, pyplot, svg, table
 from fastnuggets.figures import chart as figure_of_one
-from fastnuggets.molecules.files import atomic_write
-from fastnuggets.page import HEAD
+from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import LEAST, Paired, common_fields, paired, spread
 
 TITLE = "Noise that is of use: what sampling gives, and where it gives nothing"
@@ -232,13 +229,7 @@ def write(result: Result, out: Path) -> Path:
             f"{name}_ece": _difference_chart(result, task, ECE),
             f"{name}_text": _text(result, task),
         }
-    settings = {key: value for key, value in plan._asdict().items() if key not in fields}
-    with atomic_write(out / "sample.json") as file:
-        file.write(json.dumps(_figures(result), indent=1).encode())
-    path = out / "sample.html"
-    with atomic_write(path) as file:
-        file.write(Template(PAGE).substitute(fields | settings).encode())
-    return path
+    return write_page(out, "sample", PAGE, fields, plan, _figures(result))
 
 
 def _figures(result: Result) -> dict[str, Any]:

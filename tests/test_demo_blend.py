@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_demo import Page, assert_loads_nothing
+from test_demo import Page, assert_loads_nothing, without
 
 from fastnuggets import cli, demo_blend, report_blend
 from fastnuggets.models.center_detector import Detections
@@ -40,17 +40,8 @@ def page(text):
     return Page(text)
 
 
-def plain(value):
-    """Tensors as lists, and nothing that was timed."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in TIMES}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
 def bits(result):
-    return repr([plain(part) for part in (result.gallery, result.scores, result.examples)])
+    return repr([without(TIMES, part) for part in (result.gallery, result.scores, result.examples)])
 
 
 # --- the page ---

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_demo import Page, assert_loads_nothing
+from test_demo import Page, assert_loads_nothing, without
 
 from fastnuggets import cli, demo_sample, report_sample
 from fastnuggets.parts import settings
@@ -39,17 +39,8 @@ def page(text):
     return Page(text)
 
 
-def plain(value):
-    """Tensors as lists, and nothing that was timed."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in TIMES}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
 def bits(result):
-    return [plain(part) for part in (result.toys, result.scores, result.examples, result.noise)]
+    return [without(TIMES, part) for part in (result.toys, result.scores, result.examples, result.noise)]
 
 
 def same(a, b):

@@ -16,13 +16,15 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from fastnuggets.molecules import _worker
-from fastnuggets.molecules.files import atomic_write, batched, need
+from fastnuggets.molecules.files import atomic_write, batched, cores, need
 from fastnuggets.molecules.readers import Record
+
+W = TypeVar("W", bound="Workers")
 
 CHUNK = 64  # molecules in one cache file: what an interruption can cost, about a second of two cores
 
@@ -83,7 +85,7 @@ def _conformers(
     total: int | None,
 ) -> Generator[Conformer, None, None]:
     bar = need("tqdm").tqdm(total=total, unit="mol", desc="conformers", disable=None if progress else True)
-    with _Workers(_cores() if processes is None else processes, timeout) as workers, bar:
+    with _Workers(cores() if processes is None else processes, timeout) as workers, bar:
         waiting: deque[_Chunk] = deque()
         for group in batched(records, CHUNK):
             waiting.append(_Chunk(group, workers, store, optimize, seed))
@@ -91,12 +93,6 @@ def _conformers(
                 yield from waiting.popleft().finish(bar)
         for chunk in waiting:
             yield from chunk.finish(bar)
-
-
-def _cores() -> int:
-    with contextlib.suppress(AttributeError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Chunk:
@@ -166,19 +162,20 @@ def _seed(seed: int, smiles: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {smiles}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-class _Workers:
-    """Processes that embed one molecule at a time. Each is fed by a thread of its own: a dead one costs one
-    molecule."""
+class Workers:
+    """Processes that take one task at a time, each fed by a thread of its own. A dead one costs one task."""
 
-    def __init__(self, count: int, timeout: float) -> None:
+    def __init__(self, count: int, timeout: float, script: str, what: str) -> None:
         self.count = count
         self.timeout = timeout
+        self.script = script
+        self.what = what
         self.mine = threading.local()
         self.lock = threading.Lock()
         self.live: set[_Process] = set()
         self.closed = False
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self: W) -> W:
         self.threads = ThreadPoolExecutor(self.count) if self.count else None
         self.messages = tempfile.TemporaryFile()
         return self
@@ -194,22 +191,19 @@ class _Workers:
             process.end()
         self.messages.close()
 
-    def submit(self, task: _worker.Task) -> Any:
-        return self.threads.submit(self._run, task) if self.threads else _worker.embed(*task)
-
-    def _run(self, task: _worker.Task) -> _worker.Result:
+    def ask(self, task: Any) -> Any:
+        """What the process of this thread answers. DiedError if it dies on the task, or is too long about it."""
         process = getattr(self.mine, "process", None) or self._start()
         # RDKit's own limit ends an embedding in good order; this one ends whatever does not heed it.
         limit = threading.Timer(2 * self.timeout + 5, process.kill)
         limit.start()
         try:
-            result: _worker.Result = process.ask(task)
-            return result
-        except _DEAD:
+            return process.ask(task)
+        except _DEAD as error:
             self.mine.process = None
             with self.lock:
                 self.live.discard(process)
-            return b"", b"", f"its worker process died ({process.end()})", False
+            raise DiedError(f"its worker process died ({process.end()})") from error
         finally:
             limit.cancel()
 
@@ -217,16 +211,37 @@ class _Workers:
         with self.lock:
             if self.closed:
                 raise RuntimeError("the workers are closed")
-            process = _Process(self.messages)
+            process = _Process(self.script, self.messages)
             self.live.add(process)
         try:
             process.answer()
         except _DEAD as error:
             self.messages.seek(0)
             said = self.messages.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"a conformer process did not start: {said[-1] if said else process.end()}") from error
+            raise RuntimeError(f"a {self.what} process did not start: {said[-1] if said else process.end()}") from error
         self.mine.process = process
         return process
+
+
+class DiedError(Exception):
+    """A worker process ended over a task; says how."""
+
+
+class _Workers(Workers):
+    """Processes that embed."""
+
+    def __init__(self, count: int, timeout: float) -> None:
+        super().__init__(count, timeout, _worker.__file__, "conformer")
+
+    def submit(self, task: _worker.Task) -> Any:
+        return self.threads.submit(self._run, task) if self.threads else _worker.embed(*task)
+
+    def _run(self, task: _worker.Task) -> _worker.Result:
+        try:
+            result: _worker.Result = self.ask(task)
+            return result
+        except DiedError as error:
+            return b"", b"", str(error), False
 
 
 _DEAD = (EOFError, OSError, ValueError, pickle.UnpicklingError)  # what a pipe to a dead process raises
@@ -235,9 +250,9 @@ _DEAD = (EOFError, OSError, ValueError, pickle.UnpicklingError)  # what a pipe t
 class _Process:
     """A worker process and its two pipes."""
 
-    def __init__(self, messages: IO[bytes]) -> None:
+    def __init__(self, script: str, messages: IO[bytes]) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, _worker.__file__],
+            [sys.executable, script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=messages,

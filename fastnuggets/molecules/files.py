@@ -65,6 +65,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    with contextlib.suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def available_memory() -> int:
     """Bytes that can still be allocated without swapping, as the system and the control group see it."""
     free = 1 << 62

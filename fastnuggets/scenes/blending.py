@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastnuggets import ops
+from fastnuggets.ops.filters import KINDS, LENGTHS
 from fastnuggets.scenes.labels import Placed, clipped
 from fastnuggets.scenes.recipes import Recipe
 
-_KINDS = ("full", "left", "right")
 _GUIDANCE = {"poisson": "import", "mixed": "mixed", "rectangle": "import"}
 _WAYS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -33,9 +33,9 @@ class Motion(NamedTuple):
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Motion:
-        length = int(rng.choice((3, 5, 7, 9)))
+        length = int(rng.choice(LENGTHS))
         directions = 4 * (length // 2)
-        return cls(length, 180 / directions * int(rng.integers(directions)), _KINDS[int(rng.integers(3))])
+        return cls(length, 180 / directions * int(rng.integers(directions)), KINDS[int(rng.integers(len(KINDS)))])
 
 
 def blend_all(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import fastnuggets
-from fastnuggets.molecules.files import need
+from fastnuggets.molecules.files import cores, need
 from fastnuggets.scenes.coco import CocoWriter, Record, write_scene
 from fastnuggets.scenes.composer import SceneComposer
 from fastnuggets.scenes.images import FORMATS, opencv
@@ -77,7 +77,7 @@ def compose(
     if writer.done and progress:
         _tell(f"going on from {writer.partial}: {len(writer.done)} scenes are done")
     try:
-        _fill(writer, maker, _count(workers), progress)
+        _fill(writer, maker, cores() if workers is None else max(0, workers), progress)
         report = writer.finish(composer.categories, {"description": "fastnuggets compose", **key})
     except BaseException:
         writer.close()
@@ -125,15 +125,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def _count(workers: int | None) -> int:
-    if workers is not None:
-        return max(0, workers)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def _tell(message: str) -> None:
