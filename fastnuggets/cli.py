@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import re
 import sys
 import warnings
 from collections import Counter
@@ -22,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastnuggets
+from fastnuggets.commands import arguments, train
+from fastnuggets.commands.arguments import FAILED, INTERRUPTED, OK, SKIPPED, USAGE, UsageError, say
 
 if TYPE_CHECKING:
     from fastnuggets.molecules import Conformer, GridInfo, Grids, GridWriter
 
-OK, FAILED, USAGE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
 _DESCRIPTION = """\
 Fast kernels for PyTorch: molecules as grids and back, averages of weights, and scenes pasted together.
@@ -121,10 +121,6 @@ _TOLD = 5  # skipped records named on the terminal
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
-class _UsageError(Exception):
-    """Arguments that do not fit together."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -133,22 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["demo"]:
             return int(importlib.import_module("fastnuggets.demo").main(arguments[1:]) or OK)
+        if arguments[:1] == ["train"]:
+            return int(importlib.import_module("fastnuggets.commands.train").main(arguments[1:]))
         args = _parser().parse_args(arguments)
         return int(args.run(args))
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    except _UsageError as error:
-        return _say(f"error: {error}", USAGE)
+        return say("interrupted", INTERRUPTED)
+    except UsageError as error:
+        return say(f"error: {error}", USAGE)
     except OSError as error:
         reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-        return _say(f"error: {reason}" + (f": {error.filename}" if error.filename else ""), FAILED)
+        return say(f"error: {reason}" + (f": {error.filename}" if error.filename else ""), FAILED)
     except (ImportError, MemoryError, RuntimeError, ValueError) as error:
-        return _say(f"error: {error or type(error).__name__}", FAILED)
-
-
-def _say(message: str, code: int = OK) -> int:
-    print(f"fastnuggets: {message}", file=sys.stderr)
-    return code
+        return say(f"error: {error or type(error).__name__}", FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "print versions, how this copy was built, and the devices")
     demos = "molecules, averages of weights, or sampling, in a report (demo --help)"
     commands.add_parser("demo", help=demos, add_help=False)
+    commands.add_parser("train", help="a published system, on your data (train --help)", add_help=False)
+    train.add(command)
 
     table = command("conformers", _conformers, "molecules -> coordinate table (Parquet)", _CONFORMERS)
     _add_input(table)
@@ -178,14 +173,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(grids)
     grids.add_argument("--out", required=True, type=Path, metavar="OUT", help="name.zarr, or name.npz for a few")
     grids.add_argument("--kernel", choices=_KERNELS, default="wave", metavar="KERNEL", help=", ".join(_KERNELS))
-    grids.add_argument("--shape", type=_shape, default=(48, 48, 48), metavar="N|D,H,W", help="voxels (default 48)")
-    grids.add_argument("--spacing", type=_spacing, default=(0.5,) * 3, metavar="A|X,Y,Z", help="angstrom (default 0.5)")
-    grids.add_argument("--sigma", type=_positive, help="angstrom (default: wave 1.0, gaussian 0.5)")
+    grids.add_argument(
+        "--shape", type=arguments.shape, default=(48, 48, 48), metavar="N|D,H,W", help="voxels (default 48)"
+    )
+    grids.add_argument(
+        "--spacing", type=arguments.spacing, default=(0.5,) * 3, metavar="A|X,Y,Z", help="angstrom (default 0.5)"
+    )
+    grids.add_argument("--sigma", type=arguments.positive, help="angstrom (default: wave 1.0, gaussian 0.5)")
     grids.add_argument("--omega", type=float, help="waves per angstrom (default 0.5; wave only)")
     grids.add_argument(
-        "--radius", type=_positive, help="angstrom, for the other kernels (default: Bondi's, by element)"
+        "--radius", type=arguments.positive, help="angstrom, for the other kernels (default: Bondi's, by element)"
     )
-    grids.add_argument("--elements", type=_elements, metavar="C,N,...", help="channels (default C,N,O,S,F,Cl,Br)")
+    grids.add_argument(
+        "--elements", type=arguments.elements, metavar="C,N,...", help="channels (default C,N,O,S,F,Cl,Br)"
+    )
     grids.add_argument(
         "--others", choices=("drop", "skip"), default="drop", help="atoms of other elements: drop them or the molecule"
     )
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "--center", choices=("mean", "origin"), default="mean", help="what is mid-box: heavy atoms' mean, or 0,0,0"
     )
     grids.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float16")
-    grids.add_argument("--device", type=_device, default="cpu", help="where to compute (default cpu)")
+    grids.add_argument("--device", type=arguments.device, default="cpu", help="where to compute (default cpu)")
     grids.add_argument("--restart", action="store_true", help="throw away OUT.partial instead of going on from it")
     grids.add_argument("--overwrite", action="store_true", help="replace OUT at the end")
 
@@ -201,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     atoms.add_argument("input", type=Path, metavar="GRIDS", help="what voxelize wrote")
     atoms.add_argument("--out", required=True, type=Path, metavar="FILE.sdf")
     atoms.add_argument("--noise", type=float, help="noise of a voxel (default: estimated from the grid)")
-    atoms.add_argument("--device", type=_device, default="cpu", help="where to compute (default cpu)")
+    atoms.add_argument("--device", type=arguments.device, default="cpu", help="where to compute (default cpu)")
 
     soup = command("average", _average, "checkpoints -> their average (safetensors)", _AVERAGE)
     soup.add_argument("inputs", type=Path, nargs="+", metavar="CHECKPOINT", help="what to average, in this order")
@@ -210,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each, used as given (default 1/K)")
     how.add_argument("--ema", type=float, metavar="DECAY", help="a = DECAY a + (1 - DECAY) w, from the first one on")
     soup.add_argument("--dtype", choices=_FLOATS, help="of the output (default: as in the checkpoints)")
-    soup.add_argument("--max-shard-size", type=_size, metavar="5GB", help="write shards and an index if it is larger")
+    soup.add_argument(
+        "--max-shard-size", type=arguments.size, metavar="5GB", help="write shards and an index if it is larger"
+    )
     soup.add_argument("--allow-nonfinite", action="store_true", help="write NaN and inf instead of refusing them")
     soup.add_argument("--overwrite", action="store_true", help="replace OUT")
 
@@ -222,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     paste.add_argument("background", type=Path, metavar="BG", help="what to paste onto")
     paste.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="name.png or name.jpg")
     paste.add_argument("--mode", choices=_BLENDS, default="poisson", metavar="MODE", help=", ".join(_BLENDS))
-    paste.add_argument("--at", type=_place, metavar="Y,X", help="row and column of BG where FG begins; --at=-8,70")
+    paste.add_argument(
+        "--at", type=arguments.place, metavar="Y,X", help="row and column of BG where FG begins; --at=-8,70"
+    )
     return parser
 
 
@@ -237,7 +242,9 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backgrounds", required=True, type=Path, metavar="DIR", help="photographs")
     parser.add_argument("--background-annotations", type=Path, metavar="JSON", help="COCO instances of --backgrounds")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument("--images", type=_whole, default=1000, metavar="N", help="scenes (default %(default)s)")
+    parser.add_argument(
+        "--images", type=arguments.whole, default=1000, metavar="N", help="scenes (default %(default)s)"
+    )
     presets = "default, dwibedi2017, dwibedi2017-compatible, simple_copy_paste, georgakis2017"
     parser.add_argument("--preset", default="default", metavar="NAME", help=f"settings to begin with, of {presets}")
     parser.add_argument(
@@ -247,17 +254,19 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--same-scene", action="store_true", help="each scene in each blend")
     parser.add_argument("--level", choices=("object", "box"), help="paste the object, or its whole box")
-    parser.add_argument("--size", type=_place, metavar="H,W", help="of the images (default 480,640)")
-    parser.add_argument("--count", type=_place, metavar="A,B", help="least and most objects in a scene")
-    parser.add_argument("--distractor-count", type=_place, metavar="A,B", help="the same for distractors (default 2,4)")
-    parser.add_argument("--scale", type=_pair, metavar="A,B", help="least and largest size; see --scale-of")
+    parser.add_argument("--size", type=arguments.place, metavar="H,W", help="of the images (default 480,640)")
+    parser.add_argument("--count", type=arguments.place, metavar="A,B", help="least and most objects in a scene")
+    parser.add_argument(
+        "--distractor-count", type=arguments.place, metavar="A,B", help="the same for distractors (default 2,4)"
+    )
+    parser.add_argument("--scale", type=arguments.pair, metavar="A,B", help="least and largest size; see --scale-of")
     parser.add_argument("--scale-of", choices=("cutout", "canvas"), help="of the cut-out's size, or of the image's")
-    parser.add_argument("--angle", type=_pair, metavar="A,B", help="degrees; --angle=-30,30")
+    parser.add_argument("--angle", type=arguments.pair, metavar="A,B", help="degrees; --angle=-30,30")
     parser.add_argument("--max-overlap", type=float, metavar="IOU", help="of the boxes of two objects")
     parser.add_argument("--min-visibility", type=float, metavar="PART", help="of each object, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="default: %(default)s")
-    parser.add_argument("--quality", type=_whole, default=95, help="of jpg (default %(default)s)")
+    parser.add_argument("--quality", type=arguments.whole, default=95, help="of jpg (default %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores; 0: this one)")
     parser.add_argument("--restart", action="store_true", help="throw away OUT.partial instead of going on from it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end")
@@ -280,80 +289,6 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "fastnuggets" / "conformers"
-
-
-def _three(text: str, kind: Callable[[str], Any], what: str) -> tuple[Any, Any, Any]:
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 3) or not all(0 < value < 1e9 for value in values):
-        raise argparse.ArgumentTypeError(f"expected one or three {what} above zero, got {text!r}")
-    x, y, z = values * 3 if len(values) == 1 else values
-    return x, y, z
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    return _three(text, int, "whole numbers")
-
-
-def _spacing(text: str) -> tuple[float, float, float]:
-    return _three(text, float, "numbers")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
-    return value
-
-
-def _pair(text: str, kind: Callable[[str], Any] = float) -> tuple[Any, Any]:
-    try:
-        first, second = map(kind, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two numbers such as 3,8, got {text!r}") from None
-    return first, second
-
-
-def _place(text: str) -> tuple[int, int]:
-    return _pair(text, int)
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
-    return value
-
-
-def _size(text: str) -> int:
-    """Bytes; GB is 10^9 and GiB is 2^30."""
-    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MiB, got {text!r}")
-    number, letter, binary = found.groups()
-    return max(1, int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " ")))
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _elements(text: str) -> tuple[str, ...]:
-    from fastnuggets.molecules import atomic_numbers
-
-    elements = tuple(part.strip() for part in text.split(","))
-    try:
-        atomic_numbers(elements)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return elements
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -414,7 +349,7 @@ def _skipped(conformer: Conformer) -> str:
 def _summary(args: argparse.Namespace, text: str, count: int, skipped: int, report: Path | None = None) -> int:
     broken = f"{skipped} record{'s' if skipped > 1 else ''} skipped" if skipped else ""
     if count == 0:
-        return _say(f"error: no molecule in {args.input}" + (f": {broken}" if broken else ""), FAILED)
+        return say(f"error: no molecule in {args.input}" + (f": {broken}" if broken else ""), FAILED)
     print(text + (f", {broken}" if broken else "") + (f" (named in {report})" if report else ""))
     return SKIPPED if skipped and args.strict else OK
 
@@ -430,7 +365,7 @@ def _grid_info(args: argparse.Namespace) -> GridInfo:
         ("radius", args.radius, _RADIUS_KERNELS),
     ):
         if value is not None and args.kernel not in allowed:
-            raise _UsageError(f"--{name} has no meaning for --kernel {args.kernel}")
+            raise UsageError(f"--{name} has no meaning for --kernel {args.kernel}")
     if args.kernel in _RADIUS_KERNELS:
         radius = (args.radius,) * len(elements) if args.radius else tuple(bondi_radii(elements).tolist())
     return GridInfo(
@@ -479,13 +414,13 @@ def _voxelize(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     if writer.consumed:
-        _say(f"going on from {writer.partial}: {writer.written} molecules are done")
+        say(f"going on from {writer.partial}: {writer.written} molecules are done")
     try:
         _fill(writer, args, size)
         report = writer.finish()
     except BaseException:
         if writer.written:
-            _say(
+            say(
                 f"{writer.written} finished molecules are kept in {writer.partial}; the same command goes on from there"
             )
         else:
@@ -493,10 +428,10 @@ def _voxelize(args: argparse.Namespace) -> int:
         raise
     outside = writer.notes.pop(_OUTSIDE, 0)
     if outside:
-        _say(f"molecules with an atom outside the box: {outside}")
+        say(f"molecules with an atom outside the box: {outside}")
     if writer.notes:
         others = ", ".join(f"{element} {count}" for element, count in writer.notes.most_common())
-        _say(f"atoms without a channel left out: {others}")
+        say(f"atoms without a channel left out: {others}")
     text = f"{args.out}: {writer.written} molecules as {info.dtype} grids {[len(info.elements), *info.shape]}"
     return _summary(args, text, writer.written, writer.skipped, report)
 
@@ -631,11 +566,11 @@ def _average(args: argparse.Namespace) -> int:
     from fastnuggets.training.soup import average_checkpoints
 
     if args.weights and len(args.weights) != len(args.inputs):
-        raise _UsageError(f"--weights has {len(args.weights)} numbers for {len(args.inputs)} checkpoints")
+        raise UsageError(f"--weights has {len(args.weights)} numbers for {len(args.inputs)} checkpoints")
     if args.ema is not None and not 0 <= args.ema <= 1:
-        raise _UsageError(f"--ema must be in [0, 1], got {args.ema}")
+        raise UsageError(f"--ema must be in [0, 1], got {args.ema}")
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")  # type: ignore[assignment]
         soup = average_checkpoints(
             args.inputs,
             args.out,
@@ -649,11 +584,11 @@ def _average(args: argparse.Namespace) -> int:
         )
     last = args.inputs[-1]
     if soup.integers:
-        _say(f"integer tensors taken from {last}: {soup.integers}")
+        say(f"integer tensors taken from {last}: {soup.integers}")
     if soup.left_out:
-        _say(f"entries left out that are no tensors: {soup.left_out}")
+        say(f"entries left out that are no tensors: {soup.left_out}")
     if soup.nonfinite:
-        _say(f"tensors with NaN or inf: {', '.join(soup.nonfinite)}")
+        say(f"tensors with NaN or inf: {', '.join(soup.nonfinite)}")
     shards = f" in {len(soup.files) - 1} shards" if len(soup.files) > 1 else ""
     count = f"{len(args.inputs)} checkpoint{'s' if len(args.inputs) > 1 else ''}"
     print(f"{soup.files[-1]}: {soup.tensors} tensors{shards}, the average of {count}")
@@ -686,9 +621,9 @@ def _compose(args: argparse.Namespace) -> int:
         progress=True,
     )
     for name, reason in list(made.skipped.items())[:_TOLD]:
-        _say(f"skipped {name}: {reason}")
+        say(f"skipped {name}: {reason}")
     if made.left_out:
-        _say(f"objects left out for want of a place: {made.left_out}")
+        say(f"objects left out for want of a place: {made.left_out}")
     broken = f", {len(made.skipped)} broken files skipped (named in {made.report})" if made.skipped else ""
     print(f"{made.out}: {made.images} images with {made.annotations} objects{broken}")
     return SKIPPED if made.skipped and args.strict else OK
@@ -709,11 +644,11 @@ def _recipe(args: argparse.Namespace) -> Any:
     if args.distractors:
         changes["distractors"] = args.distractor_count or (2, 4)
     elif args.distractor_count:
-        raise _UsageError("--distractor-count needs --distractors")
+        raise UsageError("--distractor-count needs --distractors")
     try:
         return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _blend(args: argparse.Namespace) -> int:
@@ -723,7 +658,7 @@ def _blend(args: argparse.Namespace) -> int:
 
     kind = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}.get(args.out.suffix.lower())
     if kind is None:
-        raise _UsageError(f"--out must end in .png or .jpg, got {args.out}")
+        raise UsageError(f"--out must end in .png or .jpg, got {args.out}")
     foreground, mask, background = read_rgb(args.foreground), read_mask(args.mask), read_rgb(args.background)
     if mask.shape != foreground.shape[:2]:
         raise ValueError(f"{args.mask}: the mask is {mask.shape}, and the foreground {foreground.shape[:2]}")

@@ -126,7 +126,7 @@ for name in sys.argv[2:]:
     whole = load_checkpoint(folder / "whole.pt")
     print(json.dumps({"name": name, "kills": kills, "step": step, "count": json.loads(
         bytes(whole.averager["settings"].tolist()))["count"], "same": {
-        key: same(getattr(whole, key), getattr(found, key)) for key in ("model", "optimizer", "averager", "losses")}}))
+        key: same(getattr(whole, key), getattr(found, key)) for key in ("model", "optimizers", "averager", "losses")}}))
 """
 
 
@@ -141,7 +141,7 @@ def test_killed_trainings_end_with_the_same_averages(tmp_path):
     for report in reports:
         assert report["kills"] >= 4 and report["step"] == 24, report
         assert report["count"] == names[report["name"]]
-        assert report["same"] == dict.fromkeys(("model", "optimizer", "averager", "losses"), True), report
+        assert report["same"] == dict.fromkeys(("model", "optimizers", "averager", "losses"), True), report
 
 
 def train(path, steps, *, averaging=True, fused=False):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastnuggets import cli
+from fastnuggets.commands import arguments
 from fastnuggets.training import soup as soups
 from fastnuggets.training.soup import average_checkpoints, greedy_soup
 
@@ -477,7 +478,7 @@ def test_a_wrong_command_line_ends_with_2(wrong, capsys):
 
 def test_sizes_have_units():
     sizes = {"5GB": 5 * 10**9, "1.5 MiB": 3 << 19, "7": 7, "7B": 7, "2k": 2000, ".5KiB": 512, "1TB": 10**12}
-    assert {text: cli._size(text) for text in sizes} == sizes
+    assert {text: arguments.size(text) for text in sizes} == sizes
 
 
 def distance(target):

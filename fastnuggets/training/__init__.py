@@ -7,7 +7,16 @@ from fastnuggets.training.curves import Curve, CurveLoss, LossPlane, loss_plane,
 from fastnuggets.training.decay import EmaDecay
 from fastnuggets.training.distributed import DistributedAverager
 from fastnuggets.training.ensembles import FastGeometricEnsemble, SnapshotEnsemble, swag_predict
-from fastnuggets.training.fit import Checkpoint, Interrupted, fit, load_checkpoint, save_checkpoint
+from fastnuggets.training.fit import (
+    Checkpoint,
+    Interrupted,
+    Update,
+    Validation,
+    fit,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastnuggets.training.log import read_log
 from fastnuggets.training.optimizers import AveragedAdamW, AveragedSGD
 from fastnuggets.training.soup import GreedySoup, Soup, average_checkpoints, greedy_soup
 
@@ -25,6 +34,8 @@ __all__ = [
     "LossPlane",
     "SnapshotEnsemble",
     "Soup",
+    "Update",
+    "Validation",
     "WeightAverager",
     "average_checkpoints",
     "fit",
@@ -33,6 +44,7 @@ __all__ = [
     "loss_plane",
     "plot_curve",
     "plot_plane",
+    "read_log",
     "save_checkpoint",
     "schedules",
     "swag_predict",
