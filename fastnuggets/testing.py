@@ -1498,3 +1498,41 @@ register(
         tolerance=_FILTERED,
     )
 )
+
+
+# --- screen -----------------------------------------------------------------------------------------------------------
+
+# queries, rows, bytes a row, k, threshold
+_SCREENS = {
+    "typical": (3, 20, 16, 4, 0.1),
+    "larger": (5, 70, 24, 4, 0.1),
+    "one": (1, 1, 8, 1, 0.0),
+    "empty": (0, 5, 8, 2, 0.0),
+    "parallel": (130, 5000, 24, 7, 0.0),
+    "no rows": (2, 0, 8, 3, 0.0),
+    "few rows": (4, 30, 128, 40, 0.0),
+    "few above": (4, 300, 40, 20, 0.25),
+    "no bytes": (2, 3, 0, 2, 0.0),
+}
+
+
+def _tanimoto_samples(device: torch.device, dtype: torch.dtype) -> Samples:
+    made = {}
+    for name, (queries, rows, width, k, threshold) in _SCREENS.items():
+        uniform = _random(rows + width, torch.device("cpu"), torch.float32)
+        bits = [uniform(0, 1, n, width, 8) < uniform(0.02, 0.5, n, 1, 1) for n in (queries, rows)]
+        bits[1][::9] = False
+        packed = [(b * (1 << torch.arange(8))).sum(2, dtype=torch.int64).to(device, torch.uint8) for b in bits]
+        made[name] = (*packed, k, threshold)
+    return made
+
+
+# Fractions of whole numbers: their order is exact and the quotient is rounded once.
+register(
+    OpCase(
+        "fastnuggets::tanimoto_topk",
+        _tanimoto_samples,
+        reference.tanimoto_topk,
+        tolerance={torch.float32: 0.0, torch.float64: 0.0},
+    )
+)
