@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ class System(ABC, Generic[Data]):
     paper: ClassVar[str]  # where it was published
     takes: ClassVar[str] = "molecules: .smi .csv .sdf .parquet, also .gz"  # what --data is
     made: ClassVar[str] = "molecules, one SMILES a line"  # what `generate` writes; "" if it generates nothing
+    clip: ClassVar[float] = math.inf  # largest norm of the gradients of an update that names no other
     Settings: ClassVar[type[Settings]]
 
     model: nn.Module

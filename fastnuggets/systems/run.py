@@ -194,6 +194,7 @@ def _fit(system: System, examples: Any, out: Path, config: dict[str, Any], how: 
         checkpoint=out / CHECKPOINT,
         settings={"system": config["system"], **config["settings"], **config["how"]},
         every=SAVED,
+        clip=system.clip,
         progress=progress,
         averager=averager,
         validation=Validation(
