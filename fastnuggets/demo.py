@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -19,8 +18,11 @@ from torch import Tensor
 
 from fastnuggets.models import WaveAutoencoder
 from fastnuggets.models.wave_autoencoder import channel_loss
-from fastnuggets.molecules import Molecules, conformers, count_records, read
+from fastnuggets.molecules import Molecules
+from fastnuggets.molecules.boxes import boxed
 from fastnuggets.molecules.files import need
+from fastnuggets.molecules.matching import Score, sorted_atoms, voxel_atoms
+from fastnuggets.molecules.matching import compare as compare_channels
 from fastnuggets.ops.inverse import Atoms, find_atoms
 from fastnuggets.ops.voxelize import voxelize
 from fastnuggets.training import Checkpoint, Interrupted, fit, load_checkpoint
@@ -28,9 +30,7 @@ from fastnuggets.training import Checkpoint, Interrupted, fit, load_checkpoint
 ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I")
 CHANNELS = ("C", "N", "O", "S", "halogen")  # the halogens are too few here for a channel each
 SPACING = 0.5  # angstrom
-GATE = 0.5  # angstrom, between an atom and what counts as finding it
 LARGEST = 7.0  # angstrom, from the centre to the farthest heavy atom: a margin of an angstrom in the box of 16
-SMALLEST = 4  # heavy atoms
 SCALE_POWER = 0.85
 NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviation, of an atom's peak
 
@@ -83,27 +83,6 @@ class Data(NamedTuple):
     conformers_per_second: float | None  # None: they were in the cache
 
 
-class Score(NamedTuple):
-    """How found atoms agree with the true ones, of one channel (or of all together)."""
-
-    true: int
-    found: int
-    matched: int
-    squared: float  # of the distances of the matched, summed
-
-    @property
-    def precision(self) -> float:
-        return self.matched / self.found if self.found else math.nan
-
-    @property
-    def recall(self) -> float:
-        return self.matched / self.true if self.true else math.nan
-
-    @property
-    def rmse(self) -> float:
-        return math.sqrt(self.squared / self.matched) if self.matched else math.nan
-
-
 class Result(NamedTuple):
     """All that the page shows."""
 
@@ -127,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, or the one that the first argument names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "molecules"
-    if name in ("average", "sample", "blend"):
+    if name in ("average", "sample", "blend", "representations"):
         return int(import_module(f"fastnuggets.demo_{name}").main(arguments))
     if name != "molecules":
-        _parser().error(f"there is no demo {name!r}: molecules, average, sample, blend")
+        _parser().error(f"there is no demo {name!r}: molecules, average, sample, blend, representations")
     args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
@@ -150,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Four demos; each writes a page that needs no network.
+Five demos; each writes a page that needs no network.
 
   molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
              returns: OUT/report.html. This is what runs without a name.
@@ -160,6 +139,8 @@ Four demos; each writes a page that needs no network.
              OUT/sample.html. Its options: fastnuggets demo sample --help
   blend      One object under every blend with its errors, and detectors that learn from composed scenes:
              OUT/blend.html. Its options: fastnuggets demo blend --help
+  representations  The same networks learn from one-hot voxels, Gaussians and waves, and what comes out is compared:
+             OUT/representations.html. Its options: fastnuggets demo representations --help
 
 Options of molecules:"""
 
@@ -170,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [molecules] [--input FILE] [--out DIR] [--quick] [--seed SEED] [--resume | --fresh]\n"
         "       %(prog)s average [--help]\n"
         "       %(prog)s sample [--help]\n"
-        "       %(prog)s blend [--help]",
+        "       %(prog)s blend [--help]\n"
+        "       %(prog)s representations [--help]",
         description=_DESCRIPTION,
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -214,52 +196,18 @@ def _nci() -> Path:
 
 def load(source: Path, cache: Path, plan: Plan, seed: int) -> Data:
     """Molecules that fit the box, each once, with one conformer; split at random. ValueError if too few are left."""
-    total = min(count_records(source), plan.records or sys.maxsize)
-    left_out: Counter[str] = Counter()
-    seen: set[str] = set()
-
-    def wanted():
-        for record in read(source):
-            if record.index > total:
-                return
-            reason = _unwanted(record, seen)
-            seen.add(record.smiles)
-            if reason:
-                left_out[reason] += 1
-            else:
-                yield record
-
     known = len(list(cache.glob("*/*.parquet")))
     began = time.perf_counter()
-    embedded = list(conformers(wanted(), optimize=False, seed=seed, cache=cache, progress=True, total=total))
+    largest = min(LARGEST, plan.shape * SPACING / 2 - 1)
+    found = boxed(source, ELEMENTS, largest, seed=seed, optimize=False, cache=cache, most=plan.records, progress=True)
     seconds = time.perf_counter() - began
-    left_out["no conformer"] = sum(conformer.error is not None for conformer in embedded)
-    heavy = Molecules.from_conformers(embedded).keep(ELEMENTS)
-    centered = heavy.coords - heavy.center().repeat_interleave(heavy.ptr.diff(), 0)
-    heavy = Molecules(centered, heavy.numbers, heavy.ptr, heavy.names, heavy.smiles)
-    owner = torch.arange(len(heavy)).repeat_interleave(heavy.ptr.diff())
-    radius = torch.zeros(len(heavy)).scatter_reduce(0, owner, centered.norm(dim=1), "amax")
-    fits = (radius <= min(LARGEST, (plan.shape * SPACING / 2 - 1))).nonzero().flatten()
-    left_out["too large for the box"] = len(heavy) - len(fits)
-    if len(fits) < 2 * plan.tested:
-        raise ValueError(f"{source}: {len(fits)} molecules are left, {2 * plan.tested} are needed ({dict(left_out)})")
-    order = fits[torch.randperm(len(fits), generator=torch.Generator().manual_seed(seed))]
-    train_set, test_set = heavy[order[plan.tested :]], heavy[order[: plan.tested]]
-    return Data(train_set, test_set, total, +left_out, None if known else len(embedded) / seconds)
-
-
-def _unwanted(record, seen: set[str]) -> str | None:
-    if record.error:
-        return "cannot be read"
-    if record.smiles in seen:
-        return "seen before"
-    if "." in record.smiles:
-        return "more than one part"
-    symbols = [atom.GetSymbol() for atom in record.mol.GetAtoms()]
-    if any(symbol not in (*ELEMENTS, "H") for symbol in symbols):
-        return "another element"
-    heavy = sum(symbol != "H" for symbol in symbols)
-    return f"fewer than {SMALLEST} heavy atoms" if heavy < SMALLEST else None
+    count = len(found.molecules)
+    if count < 2 * plan.tested:
+        raise ValueError(f"{source}: {count} molecules are left, {2 * plan.tested} are needed ({found.left_out})")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    train_set, test_set = found.molecules[order[plan.tested :]], found.molecules[order[: plan.tested]]
+    speed = None if known or not found.embedded else found.embedded / seconds
+    return Data(train_set, test_set, found.read, found.left_out, speed)
 
 
 def random_rotations(count: int, generator: torch.Generator) -> Tensor:
@@ -430,13 +378,7 @@ def _truth(molecules: Molecules, pose: Pose) -> Atoms:
     """The atoms as they stand in the box, sorted as find_atoms sorts them."""
     owner = torch.arange(len(molecules)).repeat_interleave(molecules.ptr.diff())
     positions = (pose.rotation[owner] @ molecules.coords[:, :, None]).squeeze(2) + pose.translation[owner]
-    return _atoms(positions, channels(molecules), owner, len(molecules))
-
-
-def _atoms(positions: Tensor, channel: Tensor, owner: Tensor, count: int) -> Atoms:
-    order = (owner * len(CHANNELS) + channel).argsort(stable=True)
-    ptr = torch.searchsorted(owner[order], torch.arange(count + 1))
-    return Atoms(positions[order], channel[order], torch.ones(len(order)), ptr, torch.zeros(count, len(CHANNELS)))
+    return sorted_atoms(positions, channels(molecules), owner, len(molecules))
 
 
 def recover(grid: Tensor, representation: Representation, noise: float) -> Atoms:
@@ -445,52 +387,12 @@ def recover(grid: Tensor, representation: Representation, noise: float) -> Atoms
         return find_atoms(
             grid, sigma=representation.sigma, omega=representation.omega or 0.0, spacing=SPACING, noise=noise
         )
-    molecule, channel, *index = (grid > 0.5).nonzero().unbind(1)
-    middle = (torch.tensor(grid.shape[2:]) - 1) / 2
-    return _atoms((torch.stack(index, 1) - middle) * SPACING, channel, molecule, len(grid))
-
-
-def match(found: Atoms, truth: Atoms) -> tuple[Tensor, Tensor]:
-    """For each found atom the true atom of its molecule and channel it stands for, or -1; and their distance [M].
-
-    Pairs nearer than GATE, the nearest first, each atom once.
-    """
-    partner = torch.full((len(found.positions),), -1)
-    distance = torch.full((len(found.positions),), math.nan)
-    taken: set[int] = set()
-    for one, other, apart in _pairs(found, truth):
-        if partner[one] < 0 and other not in taken:
-            partner[one], distance[one] = other, apart
-            taken.add(other)
-    return partner, distance
-
-
-def _pairs(found: Atoms, truth: Atoms) -> list[tuple[int, int, float]]:
-    pairs = []
-    for b in range(len(truth.ptr) - 1):
-        (f0, f1), (t0, t1) = found.ptr[b : b + 2].tolist(), truth.ptr[b : b + 2].tolist()
-        apart = torch.cdist(found.positions[f0:f1], truth.positions[t0:t1])
-        near = (apart < GATE) & (found.channels[f0:f1, None] == truth.channels[t0:t1])
-        pairs += [(f0 + i, t0 + j, apart[i, j].item()) for i, j in near.nonzero().tolist()]
-    return sorted(pairs, key=lambda pair: pair[2])
+    return voxel_atoms(grid, SPACING)
 
 
 def compare(found: Atoms, truth: Atoms) -> list[Score]:
     """One score a channel, and one of all atoms."""
-    partner, distance = match(found, truth)
-    scores = []
-    for channel in range(len(CHANNELS)):
-        own = found.channels == channel
-        matched = own & (partner >= 0)
-        scores.append(
-            Score(
-                int((truth.channels == channel).sum()),
-                int(own.sum()),
-                int(matched.sum()),
-                distance[matched].double().square().sum().item(),
-            )
-        )
-    return [*scores, Score(*(sum(values) for values in zip(*scores, strict=True)))]
+    return compare_channels(found, truth, len(CHANNELS))
 
 
 if __name__ == "__main__":

@@ -21,19 +21,17 @@ from torch import Tensor
 from fastnuggets import __version__
 from fastnuggets.demo import (
     CHANNELS,
-    GATE,
     REPRESENTATIONS,
     SCALE_POWER,
     SPACING,
     WAVE,
     Pose,
     Result,
-    Score,
     draw,
-    match,
 )
 from fastnuggets.figures import INK, chart, duration, image, png, pyplot, share, svg, table
 from fastnuggets.molecules.files import need
+from fastnuggets.molecules.matching import GATE, Score, match
 from fastnuggets.ops.voxelize import voxelize
 from fastnuggets.page import PAGE
 

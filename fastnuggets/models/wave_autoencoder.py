@@ -41,10 +41,7 @@ class WaveAutoencoder(nn.Module):
         scale: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        values = torch.ones(channels) if scale is None else torch.as_tensor(scale, dtype=torch.float32)
-        if values.shape != (channels,) or not (values > 0).all():
-            raise ValueError(f"scale: expected {channels} numbers above 0, got {values.tolist()}")
-        self.register_buffer("scale", values)
+        self.register_buffer("scale", check_scale(scale, channels))
         self.stem = nn.Conv3d(channels, width, STRIDE + 2, stride=STRIDE, padding=1)
         self.encoder = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)), nn.Conv3d(width, latent, 1))
         self.decoder = nn.Sequential(nn.Conv3d(latent, width, 1), *(ResidualBlock(width) for _ in range(blocks)))
@@ -56,14 +53,8 @@ class WaveAutoencoder(nn.Module):
 
     def encode(self, grid: Tensor) -> Tensor:
         """[B, C, D, H, W] -> [B, latent, D/4, H/4, W/4]. ValueError unless D, H and W are multiples of 4."""
-        channels = len(self.scale)
-        if grid.dim() != 5 or grid.shape[1] != channels or any(n % STRIDE or n == 0 for n in grid.shape[2:]):
-            raise ValueError(
-                f"grid: expected [B, {channels}, D, H, W] of multiples of {STRIDE}, got {list(grid.shape)}"
-            )
-        # Convolutions on the CPU are several times faster with the channels last.
-        scaled = (grid / _per_channel(self.scale)).to(memory_format=torch.channels_last_3d)
-        latent: Tensor = self.encoder(self.stem(scaled))
+        check_grid(grid, len(self.scale))
+        latent: Tensor = self.encoder(self.stem(scaled(grid, self.scale)))
         return latent
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -120,6 +111,25 @@ class SeparableConv3d(nn.Module):
         y = self.line(y).view(batch, channels, d, h, w)
         result: Tensor = self.pointwise(y)
         return result
+
+
+def check_scale(scale: Sequence[float] | None, channels: int) -> Tensor:
+    """[C] float32, ones for None; ValueError unless there is a number above 0 for each channel."""
+    values = torch.ones(channels) if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+    if values.shape != (channels,) or not (values > 0).all():
+        raise ValueError(f"scale: expected {channels} numbers above 0, got {values.tolist()}")
+    return values
+
+
+def check_grid(grid: Tensor, channels: int) -> None:
+    """ValueError unless the grid is [B, C, D, H, W] of whole cells."""
+    if grid.dim() != 5 or grid.shape[1] != channels or any(n % STRIDE or n == 0 for n in grid.shape[2:]):
+        raise ValueError(f"grid: expected [B, {channels}, D, H, W] of multiples of {STRIDE}, got {list(grid.shape)}")
+
+
+def scaled(grid: Tensor, scale: Tensor) -> Tensor:
+    """The grid over `scale`, with the channels last: convolutions on the CPU are then several times faster."""
+    return (grid / _per_channel(scale)).to(memory_format=torch.channels_last_3d)
 
 
 def _per_channel(scale: Tensor) -> Tensor:
