@@ -16,6 +16,7 @@ from fastnuggets.molecules.batch import Molecules
 from fastnuggets.molecules.fingerprints import BITS, fingerprints
 from fastnuggets.systems.base import Draw, Section, Settings, System, option
 from fastnuggets.systems.molecule_grids import (
+    CLIP,
     PAPER,
     Drawing,
     GridSettings,
@@ -52,6 +53,8 @@ class MaccsPredictorSystem(System[KeyedData]):
     summary = "MACCS keys from molecules as grids of waves, Gaussians or one-hot voxels"
     paper = PAPER
     made = ""
+    clip = CLIP
+    clip = 1.0
     Settings: ClassVar[type[Settings]] = MaccsPredictorSettings
 
     model: FingerprintPredictor
@@ -100,7 +103,9 @@ class MaccsPredictorSystem(System[KeyedData]):
     def logits(self, molecules: Molecules) -> Tensor:
         """[B, 166] of molecules in their boxes, as they stand, on the CPU."""
         self.model.eval()
-        return torch.cat([self.model(self.drawing.still(batch.to(self.device))).cpu() for batch in batches(molecules)])
+        return torch.cat(
+            [self.model(self.drawing.still(batch.to(self.device))).float().cpu() for batch in batches(molecules)]
+        )
 
     def evaluate(self, path: Path, *, seed: int = 0) -> dict[str, float]:
         """Of all molecules of a file that fit the box, turned at random: how the keys that vary are ranked."""

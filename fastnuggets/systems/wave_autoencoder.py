@@ -19,6 +19,7 @@ from fastnuggets.molecules.matching import Score, compare, recovered
 from fastnuggets.ops.inverse import Atoms
 from fastnuggets.systems.base import Draw, Section, Settings, System, option
 from fastnuggets.systems.molecule_grids import (
+    CLIP,
     PAPER,
     Drawing,
     GridData,
@@ -92,6 +93,8 @@ class WaveAutoencoderSystem(System[GridData]):
     summary = "An autoencoder of molecules as grids of waves, Gaussians or one-hot voxels"
     paper = PAPER
     made = "molecules as the network returns them, SDF"
+    clip = CLIP
+    clip = 1.0
     Settings: ClassVar[type[Settings]] = WaveAutoencoderSettings
 
     model: Reconstructor
@@ -157,9 +160,7 @@ class WaveAutoencoderSystem(System[GridData]):
         return Counted(found, truth, compare(found, truth, len(self.drawing.names)), recovered(found, truth))
 
     def generate(self, count: int, *, seed: int, data: str = "", **options: Any) -> Iterator[str]:
-        """Records of an SDF file: what the network returns of molecules it is given.
-
-        An autoencoder without a prior makes molecules of molecules.
+        """Records of an SDF file: what the network returns of molecules that it is given. It has no prior to draw from.
 
         Args:
             count: molecules at most.
@@ -167,8 +168,8 @@ class WaveAutoencoderSystem(System[GridData]):
             data: a file of molecules; "": those of the training's own file that were held out.
 
         Bond orders are determined where hydrogen has a channel; otherwise near atoms are joined by single bonds. The
-        field `bonds` of a record says which, `smiles` what went in, `atoms found` how many of its atoms came back. Of
-        elements that share a channel the first is written.
+        field `bonds` of a record says which; `smiles` is of what went in, `atoms` how many were found for how many
+        there were. Of elements that share a channel the first is written.
         """
         if options:
             raise ValueError(f"no such option of the autoencoder: {', '.join(options)}")
@@ -186,7 +187,8 @@ class WaveAutoencoderSystem(System[GridData]):
                     "bonds": level,
                     "atoms": f"{ptr[i + 1] - ptr[i]} of {every[i]}",
                 }
-                yield sdf_record(mol, name, {**properties, "all atoms right": whole})
+                # Whoever writes records ends each with a line break.
+                yield sdf_record(mol, name, {**properties, "all atoms right": whole}).removesuffix("\n")
 
     def _given(self, data: str, seed: int) -> Molecules:
         if data:
