@@ -27,7 +27,6 @@ ELEMENTS = "C,N,O,S,F+Cl+Br+I"  # the halogens are too few here for a channel ea
 SPACING = 0.5  # angstrom
 LEVELS = (0.1, 0.2, 0.4)  # of noise, of an atom's peak
 CAUTIONS = (0.5, 1.0, 2.0)
-CLIP = 1.0  # largest norm of all gradients together
 PICTURED = 3
 
 
@@ -222,7 +221,7 @@ def learn(system: System, data: KeyedData, steps: int, seed: int, tick: Callable
         for update in system.updates(data, step, Draw(seed)):
             optimizer.zero_grad(set_to_none=True)
             update.loss.backward()
-            torch.nn.utils.clip_grad_norm_(system.model.parameters(), CLIP)
+            torch.nn.utils.clip_grad_norm_(system.model.parameters(), system.clip)
             optimizer.step()
             losses.append(update.loss.item())
         tick()

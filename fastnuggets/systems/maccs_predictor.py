@@ -54,7 +54,6 @@ class MaccsPredictorSystem(System[KeyedData]):
     paper = PAPER
     made = ""
     clip = CLIP
-    clip = 1.0
     Settings: ClassVar[type[Settings]] = MaccsPredictorSettings
 
     model: FingerprintPredictor

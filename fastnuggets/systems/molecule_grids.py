@@ -29,6 +29,7 @@ SCALED = 512  # molecules that the channels' scale is measured on
 # A rare element would decide the loss if it were divided by its whole variance: iodine's is a five-hundredth of
 # carbon's.
 SCALE_POWER = 0.85
+CLIP = 1.0  # largest norm of all gradients together
 WARM = 30  # steps until the learning rate is reached
 _USUAL = {"wave": (1.0, 0.5), "gaussian": (0.5, 0.0)}  # sigma in angstrom, omega in waves per angstrom
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -94,7 +95,6 @@ class WaveAutoencoderSystem(System[GridData]):
     paper = PAPER
     made = "molecules as the network returns them, SDF"
     clip = CLIP
-    clip = 1.0
     Settings: ClassVar[type[Settings]] = WaveAutoencoderSettings
 
     model: Reconstructor
@@ -205,14 +205,14 @@ class WaveAutoencoderSystem(System[GridData]):
         return {"molecules": float(len(molecules)), **self.figures(self.counted(molecules))}
 
     def figures(self, counted: Counted) -> dict[str, float]:
-        """Shares of molecules and atoms, and angstrom; of elements that are there."""
+        """Shares of molecules and atoms, and angstrom; of elements that are there, and where something was found."""
         found = {"molecules recovered": counted.recovered.double().mean().item()}
         for name, score in zip(["all", *self.drawing.names], [counted.scores[-1], *counted.scores], strict=False):
             if score.true:
                 prefix = "" if name == "all" else f"{name} "
                 found |= {f"{prefix}precision": score.precision, f"{prefix}recall": score.recall}
                 found[f"{prefix}position error"] = score.rmse
-        return found
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def sections(self, data: GridData) -> list[Section]:
         from fastnuggets.figures import share, table
