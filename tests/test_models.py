@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastnuggets.models import CenterDetector, WaveAutoencoder
+from fastnuggets.models import CenterDetector, FingerprintPredictor, WaveAutoencoder
 from fastnuggets.models.center_detector import center_loss, center_targets, decode
 from fastnuggets.models.wave_autoencoder import SeparableConv3d, channel_loss
 from fastnuggets.training import Interrupted, fit, load_checkpoint
@@ -79,6 +79,45 @@ def test_loss_counts_each_channel_alike():
     grid, scale = torch.zeros(1, 2, 4, 4, 4), torch.tensor([1.0, 0.01])
     off = torch.ones_like(grid) * scale.view(2, 1, 1, 1)
     assert channel_loss(off, grid, scale) == pytest.approx(1.0)
+
+
+def small_predictor():
+    torch.manual_seed(3)
+    return FingerprintPredictor(2, 7, width=8, blocks=2, scale=[0.5, 0.1])
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (4, 8, 12)])
+def test_predictor_has_a_logit_for_each_bit_of_any_shape(shape):
+    assert small_predictor()(torch.randn(3, 2, *shape)).shape == (3, 7)
+    with pytest.raises(ValueError, match="grid: expected"):
+        small_predictor()(torch.zeros(1, 2, 8, 8, 6))
+    with pytest.raises(ValueError, match="bits: expected"):
+        FingerprintPredictor(2, 0)
+
+
+def test_predictor_derivatives():
+    model = small_predictor()
+    for parameter in model.parameters():  # the zeros that make the blocks identities would hide what is behind them
+        torch.nn.init.normal_(parameter, std=0.3)
+    model(torch.randn(2, 2, 8, 8, 8)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    # One cell: there is no other that could become the largest.
+    grid = torch.randn(1, 2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model.double().eval(), grid)
+
+
+def test_predictor_sees_where_there_is_an_atom_and_how_many():
+    """Mean and largest value of the cells: moved by a whole cell nothing changes, more atoms change the mean alone."""
+    model = small_predictor().eval()
+    grid = torch.zeros(1, 2, 32, 32, 32)
+    grid[0, 0, 9, 9, 9] = 1.0
+    moved = grid.roll((4, 8, 4), (2, 3, 4))
+    torch.testing.assert_close(model(grid), model(moved))
+    both = model(grid + grid.roll(16, 2))
+    assert not torch.allclose(both, model(grid))
+    with torch.no_grad():
+        model.head.weight[:, :8] = 0  # the means
+    torch.testing.assert_close(model(grid + grid.roll(16, 2)), model(grid))
 
 
 def train(path, steps=12, stop=None, seed=0, total=12, **options):
