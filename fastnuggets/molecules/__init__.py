@@ -7,7 +7,7 @@ from fastnuggets.molecules.batch import BONDI_RADII, ELEMENTS, Molecules, atomic
 from fastnuggets.molecules.embedding import Conformer, conformers
 from fastnuggets.molecules.fingerprints import Fingerprints, fingerprints_of_file
 from fastnuggets.molecules.grids import GridInfo, Grids, GridWriter, open_grids
-from fastnuggets.molecules.readers import Record, count_records, read
+from fastnuggets.molecules.readers import Record, count_records, read, read_smiles
 from fastnuggets.molecules.table import iter_table, load_table, save_table
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "load_table",
     "open_grids",
     "read",
+    "read_smiles",
     "save_table",
 ]

@@ -95,6 +95,31 @@ def _read(form: _Format, records: Iterator[tuple[str, Any]], damage: list[str], 
         yield Record(index + 1, f"record {index + 1}", "", None, damage[0])
 
 
+def read_smiles(path: str | os.PathLike[str], *, column: str | None = None) -> Iterator[str]:
+    """The SMILES of a file, one for each record of ``read``; empty for a record that has none.
+
+    Those of a list or table are as they stand there, parsed by nobody: some may be broken. Raises as ``read`` does.
+    """
+    path = Path(path)
+    need("rdkit.Chem")
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    form = _format(path)
+    if form.parse in (_parse_sdf, _parse_pdb):
+        return (record.smiles for record in read(path))
+    damage: list[str] = []
+    source = path if form.records is _parquet else _lines(path, damage)
+    return _texts(form.records(source, damage, (column, None)), damage)
+
+
+def _texts(records: Iterator[tuple[str, Any]], damage: list[str]) -> Iterator[str]:
+    for _, payload in records:
+        text = payload.smiles[0] if isinstance(payload, Molecules) else payload
+        yield text.strip() if isinstance(text, str) else ""
+    if damage:
+        yield ""
+
+
 def count_records(path: str | os.PathLike[str]) -> int:
     """How many records ``read`` gives at most; reads the file through once, without RDKit."""
     path = Path(path)
