@@ -229,6 +229,11 @@ def test_noise_sorts_the_kernels(table):
     assert shares["gaussian"] < 0.6
 
 
+def test_a_kernel_that_melts_bonds_is_warned_of(table):
+    with pytest.warns(UserWarning, match="does not resolve atoms"):
+        autoencoder(table, density="gaussian", sigma=1.5)
+
+
 def test_a_network_that_knows_little_is_no_error():
     drawing = Drawing(GridSettings(**SMALL))
     grid = torch.randn(1, 5, 24, 24, 24, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from fastnuggets.systems.base import Draw, Section, Settings, System, option
 from fastnuggets.systems.molecule_grids import (
     CLIP,
     PAPER,
+    TAKES,
     Drawing,
     GridSettings,
     apart,
@@ -52,6 +53,7 @@ class KeyedData(NamedTuple):
 class MaccsPredictorSystem(System[KeyedData]):
     summary = "MACCS keys from molecules as grids of waves, Gaussians or one-hot voxels"
     paper = PAPER
+    takes = TAKES
     made = ""
     clip = CLIP
     Settings: ClassVar[type[Settings]] = MaccsPredictorSettings

@@ -23,11 +23,11 @@ PAPER = (
     "Kuzminykh et al., 3D Molecular Representations Based on the Wave Transform for Convolutional Neural Networks,"
     " Molecular Pharmaceutics 15 (10), 2018"
 )
+TAKES = "molecules: .smi .csv .sdf .parquet, also .gz; conformers are made, or those of `fastnuggets conformers` taken"
 DENSITIES = ("wave", "gaussian", "nearest")
 MARGIN = 1.0  # angstrom between the farthest atom, however the molecule is turned, and the wall
 SCALED = 512  # molecules that the channels' scale is measured on
-# A rare element would decide the loss if it were divided by its whole variance: iodine's is a five-hundredth of
-# carbon's.
+# A rare element would decide the loss if it were divided by its whole variance.
 SCALE_POWER = 0.85
 CLIP = 1.0  # largest norm of all gradients together
 WARM = 30  # steps until the learning rate is reached

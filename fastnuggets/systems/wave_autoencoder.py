@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -17,11 +18,12 @@ from fastnuggets.models.wave_autoencoder import STRIDE, channel_loss
 from fastnuggets.molecules.batch import Molecules, atomic_numbers
 from fastnuggets.molecules.bonds import bonded, sdf_record
 from fastnuggets.molecules.matching import Score, compare, recovered
-from fastnuggets.ops.inverse import Atoms
+from fastnuggets.ops.inverse import Atoms, kernel_warnings
 from fastnuggets.systems.base import Draw, Section, Settings, System, option
 from fastnuggets.systems.molecule_grids import (
     CLIP,
     PAPER,
+    TAKES,
     Drawing,
     GridData,
     GridSettings,
@@ -93,6 +95,7 @@ class Reconstructor(nn.Module):
 class WaveAutoencoderSystem(System[GridData]):
     summary = "An autoencoder of molecules as grids of waves, Gaussians or one-hot voxels"
     paper = PAPER
+    takes = TAKES
     made = "molecules as the network returns them, SDF"
     clip = CLIP
     Settings: ClassVar[type[Settings]] = WaveAutoencoderSettings
@@ -101,6 +104,9 @@ class WaveAutoencoderSystem(System[GridData]):
 
     @classmethod
     def read(cls, path: Path, settings: Any, *, seed: int, progress: bool = True) -> tuple[dict[str, Any], GridData]:
+        if settings.kernel is not None:
+            for message in kernel_warnings(*settings.kernel, settings.spacing):
+                warnings.warn(message, stacklevel=2)
         molecules = read_molecules(path, settings, seed=seed, progress=progress)
         data = split(molecules, settings.tested, seed, path)
         return facts_of(path, data, Drawing(settings), seed), data
