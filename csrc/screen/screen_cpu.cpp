@@ -19,9 +19,10 @@ namespace {
 using Index = std::int64_t;
 using Word = std::uint64_t;
 
-constexpr Index kTile = 64;         // rows
-constexpr Index kQueries = 64;      // that meet a tile one after the other
-constexpr Index kLeastRows = 2048;  // of the database, for a thread
+constexpr Index kTile = 64;           // rows
+constexpr Index kQueries = 64;        // that meet a tile one after the other
+constexpr Index kLeastRows = 2048;    // of the database, for a thread
+constexpr Index kParallel = 1 << 18;  // pairs of words: a second thread costs more than fewer of them
 
 #define FN_BODY inline __attribute__((always_inline))
 
@@ -37,12 +38,16 @@ struct Best {
   Word least;
 };
 
-FN_BODY void turn(const char* rows, Index n, Index W, Tile& tile) {
-  for (Index w = 0; w < W; ++w) {
-    Word* const to = tile.words.data() + w * kTile;
-    for (Index j = 0; j < n; ++j) std::memcpy(to + j, rows + (j * W + w) * 8, 8);
-    std::fill(to + n, to + kTile, 0);
-  }
+// Rows into a tile, read in their order in memory.
+using Turn = void (*)(const char* rows, Index n, Index W, Tile& tile);
+
+void turn_words(const char* rows, Index n, Index W, Index first, Tile& tile) {
+  for (Index j = 0; j < n; ++j)
+    for (Index w = first; w < W; ++w) std::memcpy(&tile.words[std::size_t(w * kTile + j)], rows + (j * W + w) * 8, 8);
+}
+void turn_generic(const char* rows, Index n, Index W, Tile& tile) {
+  if (n < kTile) std::fill(tile.words.begin(), tile.words.end(), 0);
+  turn_words(rows, n, W, 0, tile);
 }
 
 // Which of the tile's rows reach `least`, as bits; and each row's bits in common with the query.
@@ -85,6 +90,30 @@ FN_TARGET_AVX2 FN_BODY __m256i bits_of_bytes(__m256i x) {
                          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low)));
 }
 
+// Four words of four rows at a time.
+FN_TARGET_AVX2 void turn_avx2(const char* rows, Index n, Index W, Tile& tile) {
+  if (n < kTile) return turn_generic(rows, n, W, tile);
+  const Index fours = W / 4 * 4;
+  for (Index j = 0; j < kTile; j += 4) {
+    for (Index w = 0; w < fours; w += 4) {
+      const auto row = [&](Index i) FN_TARGET_AVX2 {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + ((j + i) * W + w) * 8));
+      };
+      const auto put = [&](Index i, __m256i words) FN_TARGET_AVX2 {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile.words.data() + (w + i) * kTile + j), words);
+      };
+      const __m256i a = row(0), b = row(1), c = row(2), d = row(3);
+      const __m256i ab02 = _mm256_unpacklo_epi64(a, b), ab13 = _mm256_unpackhi_epi64(a, b);
+      const __m256i cd02 = _mm256_unpacklo_epi64(c, d), cd13 = _mm256_unpackhi_epi64(c, d);
+      put(0, _mm256_permute2x128_si256(ab02, cd02, 0x20));
+      put(1, _mm256_permute2x128_si256(ab13, cd13, 0x20));
+      put(2, _mm256_permute2x128_si256(ab02, cd02, 0x31));
+      put(3, _mm256_permute2x128_si256(ab13, cd13, 0x31));
+    }
+  }
+  if (fours < W) turn_words(rows, n, W, fours, tile);
+}
+
 constexpr Index kBytesHold = 31;  // words whose bits a byte can count
 
 template <int kWords>
@@ -115,17 +144,22 @@ FN_TARGET_AVX2 Word meet_avx2(FN_MEET) {
 }
 #endif
 
+struct Level {
+  Turn turn;
+  Meet meet;
+};
+
 // The words of a row are a constant where they are usual: 166 and 1024 bits.
 template <int kWords>
-Meet meet_of_level() {
+Level level_of() {
 #if defined(__x86_64__)
   static const bool counts = __builtin_cpu_supports("avx512vpopcntdq");
-  if (simd() == Simd::avx512 && counts) return &meet_avx512<kWords>;
-  if (simd() != Simd::generic) return &meet_avx2<kWords>;
+  if (simd() == Simd::avx512 && counts) return {&turn_avx2, &meet_avx512<kWords>};
+  if (simd() != Simd::generic) return {&turn_avx2, &meet_avx2<kWords>};
 #endif
-  return &meet_generic<kWords>;
+  return {&turn_generic, &meet_generic<kWords>};
 }
-Meet meet_of(Index W) { return W == 3 ? meet_of_level<3>() : W == 16 ? meet_of_level<16>() : meet_of_level<0>(); }
+Level level_of(Index W) { return W == 3 ? level_of<3>() : W == 16 ? level_of<16>() : level_of<0>(); }
 
 void add(Best& best, Word made, Index room) {
   std::vector<Word>& keys = best.keys;
@@ -141,7 +175,7 @@ void add(Best& best, Word made, Index room) {
 }
 
 // Rows [first, last) of the database against some queries.
-void scan(const Search& how, Meet meet, const Word* queries, Index Q, Index first, Index last, Best* best) {
+void scan(const Search& how, Level level, const Word* queries, Index Q, Index first, Index last, Best* best) {
   const Index W = how.W;
   const std::vector<Word> ones(std::size_t(W), ~Word(0));
   Tile tile{std::vector<Word>(std::size_t(W * kTile)), {}};
@@ -152,11 +186,11 @@ void scan(const Search& how, Meet meet, const Word* queries, Index Q, Index firs
   }
   for (Index at = first; at < last; at += kTile) {
     const Index n = std::min(kTile, last - at);
-    turn(static_cast<const char*>(how.database) + at * W * 8, n, W, tile);
-    meet(tile, ones.data(), W, 0, 0, tile.bits);
+    level.turn(static_cast<const char*>(how.database) + at * W * 8, n, W, tile);
+    level.meet(tile, ones.data(), W, 0, 0, tile.bits);
     const Word present = n == kTile ? ~Word(0) : (Word(1) << n) - 1;
     for (Index q = 0; q < Q; ++q) {
-      Word reach = meet(tile, queries + q * W, W, query_bits[q], best[q].least, common) & present;
+      Word reach = level.meet(tile, queries + q * W, W, query_bits[q], best[q].least, common) & present;
       for (; reach != 0; reach &= reach - 1) {
         const int j = std::countr_zero(reach);
         const Overlap o{std::int32_t(common[j]), std::int32_t(query_bits[q] + tile.bits[j])};
@@ -196,15 +230,16 @@ void search(const Search& how, const at::Tensor&) {
   const Index blocks = (how.Q + kQueries - 1) / kQueries, threads = at::get_num_threads();
   const Index parts = std::clamp((4 * threads + blocks - 1) / blocks, Index(1), how.N / kLeastRows + 1);
   const Index rows = (how.N + parts - 1) / parts;
-  const Meet meet = meet_of(how.W);
+  const Level level = level_of(how.W);
   std::vector<Word> words(std::size_t(how.Q * how.W));
   if (!words.empty()) std::memcpy(words.data(), how.queries, words.size() * 8);
   std::vector<Best> best(std::size_t(parts * how.Q), Best{{}, least_part(how.threshold)});  // [parts, Q]
-  at::parallel_for(0, blocks * parts, 1, [&](Index task, Index end) {
+  const Index grain = how.Q * how.N * how.W < kParallel ? blocks * parts : 1;
+  at::parallel_for(0, blocks * parts, grain, [&](Index task, Index end) {
     for (; task < end; ++task) {
       const Index part = task / blocks, q = task % blocks * kQueries;
       const Index first = std::min(how.N, part * rows), last = std::min(how.N, first + rows);
-      scan(how, meet, words.data() + q * how.W, std::min(kQueries, how.Q - q), first, last,
+      scan(how, level, words.data() + q * how.W, std::min(kQueries, how.Q - q), first, last,
            best.data() + part * how.Q + q);
     }
   });
