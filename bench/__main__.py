@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import average, blend, cases, report, sample
+from bench import average, blend, cases, report, sample, screen
 from bench.cases import Contender, Group, Missing
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     threads = options.threads if options.device == "cpu" else [1]
     repeats = options.repeats or (5 if options.quick else 25)
 
-    families = (cases, average, sample, blend)
+    families = (cases, average, sample, blend, screen)
     every = [group for family in families for group in family.groups(options.device, options.quick)]
     chosen = [g for g in every if options.only is None or options.only in f"{g.family} {g.name}"]
     complete = sorted({g.family for g in every} - {g.family for g in every if g not in chosen})

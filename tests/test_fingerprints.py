@@ -179,14 +179,14 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     path, out = tmp_path / "some.smi", tmp_path / "some.npz"
     path.write_text("\n".join([*smiles(60), "bad("]) + "\n")
     expected = fingerprints_of_file(path, "morgan", processes=0)
-    read, starts = module.read, []
+    read, starts = module.read_texts, []
 
     def stopped(*args, start, **options):
         starts.append(start)
         yield from islice(read(*args, start=start, **options), 30)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "read", stopped)
+    monkeypatch.setattr(module, "read_texts", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             fingerprints_of_file(path, "morgan", out=out, processes=0)
@@ -194,15 +194,15 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     # What a killed run wrote after its last state does not count.
     with open(tmp_path / "some.npz.partial" / "packed", "ab") as file:
         file.write(b"torn")
-    monkeypatch.setattr(module, "read", lambda *a, **o: (starts.append(o["start"]), read(*a, **o))[1])
+    monkeypatch.setattr(module, "read_texts", lambda *a, **o: (starts.append(o["start"]), read(*a, **o))[1])
     assert same(fingerprints_of_file(path, "morgan", out=out, processes=0), expected)
     assert starts[0] == 0 < starts[1] < starts[2]
     # Another input is another run.
-    monkeypatch.setattr(module, "read", stopped)
+    monkeypatch.setattr(module, "read_texts", stopped)
     with pytest.raises(KeyboardInterrupt):
         fingerprints_of_file(path, "morgan", out=out, processes=0)
     path.write_text("CCO\n")
-    monkeypatch.setattr(module, "read", read)
+    monkeypatch.setattr(module, "read_texts", read)
     assert list(fingerprints_of_file(path, "morgan", out=out).smiles) == ["CCO"]
 
 

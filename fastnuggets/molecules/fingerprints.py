@@ -21,7 +21,7 @@ import torch
 
 from fastnuggets.molecules import _bits, _fingerprint_store
 from fastnuggets.molecules.files import batched, cores, need
-from fastnuggets.molecules.readers import count_records, read, why_not
+from fastnuggets.molecules.readers import count_records, read_texts, why_not
 
 KINDS = ("maccs", "morgan")
 BITS = {"maccs": 166, "morgan": 1024}
@@ -142,17 +142,17 @@ def fingerprints_of_file(
 ) -> Fingerprints:
     """Fingerprints of the molecules of a file that ``read`` takes, in memory; or with ``out`` in that file, mapped.
 
-    With ``out``, memory is bounded and what is finished stays in ``out.partial`` until all is done: the same call goes
-    on from there. The rest as in ``fingerprints`` and ``read``.
+    Names are kept, and canonical SMILES. Lists and tables of SMILES are parsed by the workers, other files by this
+    process. With ``out``, memory is bounded and what is finished stays in ``out.partial`` until all is done: the same
+    call goes on from there. The rest as in ``fingerprints`` and ``read``.
     """
     path = Path(path)
     total = count_records(path) if progress else None
 
     def made(start: int) -> Generator[_Made, None, None]:
-        records = read(path, column=column, name_column=name_column, start=start)
-        # Of the canonical SMILES, so that a fingerprint does not depend on the format, and is made by the workers.
-        items = (_Item(record.name, record.smiles, record.error) for record in records)
-        return _made(items, kind, processes, progress, total, start)
+        texts = read_texts(path, column=column, name_column=name_column, start=start)
+        items = (_Item(text.name, text.smiles, text.error) for text in texts)
+        return _made(items, kind, processes, progress, total, start, canonical=True)
 
     if out is None:
         return _gathered(list(made(0)), kind)
@@ -227,7 +227,13 @@ class _Made(NamedTuple):
 
 
 def _made(
-    items: Iterable[_Item], kind: str, processes: int | None, progress: bool, total: int | None, start: int = 0
+    items: Iterable[_Item],
+    kind: str,
+    processes: int | None,
+    progress: bool,
+    total: int | None,
+    start: int = 0,
+    canonical: bool = False,
 ) -> Generator[_Made, None, None]:
     """Rows in the order of the input, a few blocks ahead of the caller."""
     if kind not in KINDS:
@@ -245,7 +251,8 @@ def _made(
         waiting: deque[tuple[list[_Item], Any]] = deque()
         for block in itertools.chain(head, blocks, itertools.repeat(None)):
             if block:
-                waiting.append((block, workers.submit(kind, [item.molecule for item in block if not item.error])))
+                molecules = [item.molecule for item in block if not item.error]
+                waiting.append((block, workers.submit(kind, molecules, canonical)))
             elif not waiting:
                 return
             if not block or len(waiting) > 2 * processes:
@@ -256,7 +263,7 @@ def _made(
 
 
 def _finish(kind: str, start: int, block: list[_Item], result: Any) -> _Made:
-    rows, broken = result.result() if isinstance(result, Future) else result
+    rows, broken, canonical = result.result() if isinstance(result, Future) else result
     names, smiles, skipped = [], [], []
     sent = itertools.count()
     for index, item in enumerate(block, start):
@@ -269,7 +276,7 @@ def _finish(kind: str, start: int, block: list[_Item], result: Any) -> _Made:
         else:
             skipped.append(Skipped(index, item.name, error))
     packed = np.frombuffer(rows, np.uint8).reshape(-1, _width(BITS[kind]))
-    return _Made(packed, names, smiles, skipped, start + len(block))
+    return _Made(packed, names, canonical or smiles, skipped, start + len(block))
 
 
 class _Workers:
@@ -298,15 +305,13 @@ class _Workers:
             process.communicate()
         self.messages.close()
 
-    def submit(self, kind: str, molecules: list[Any]) -> Any:
-        if self.threads is None:
-            return _bits.compute(kind, molecules)
-        return self.threads.submit(self._run, kind, molecules)
+    def submit(self, *task: Any) -> Any:
+        return self.threads.submit(self._run, task) if self.threads else _bits.compute(*task)
 
-    def _run(self, kind: str, molecules: list[Any]) -> _bits.Block:
+    def _run(self, task: tuple[Any, ...]) -> _bits.Block:
         process = getattr(self.mine, "process", None) or self._start()
         try:
-            pickle.dump((kind, molecules), process.stdin)
+            pickle.dump(task, process.stdin)
             process.stdin.flush()
             answer: _bits.Block = pickle.load(process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:

@@ -120,6 +120,48 @@ def _texts(records: Iterator[tuple[str, Any]], damage: list[str]) -> Iterator[st
         yield ""
 
 
+class Text(NamedTuple):
+    """The SMILES of a record, which may be broken."""
+
+    name: str
+    smiles: str
+    error: str | None
+
+
+def read_texts(
+    path: str | os.PathLike[str], *, column: str | None = None, name_column: str | None = None, start: int = 0
+) -> Iterator[Text]:
+    """The records of ``read`` as names and SMILES: those of a list or table as they stand there, parsed by nobody.
+
+    Raises as ``read`` does.
+    """
+    path = Path(path)
+    records = read(path, column=column, name_column=name_column, start=start)
+    form = _format(path)
+    if form.parse in (_parse_sdf, _parse_pdb):
+        return (Text(record.name, record.smiles, record.error) for record in records)
+    damage: list[str] = []
+    source = path if form.records is _parquet else _lines(path, damage)
+    return _named_texts(form.records(source, damage, (column, name_column)), damage, start)
+
+
+def _named_texts(records: Iterator[tuple[str, Any]], damage: list[str], start: int) -> Iterator[Text]:
+    index = start
+    for index, (name, payload) in enumerate(islice(records, start, None), start=start + 1):
+        name = name or f"record {index}"
+        if isinstance(payload, _BrokenError):
+            yield Text(name, "", in_one_line(payload))
+        elif isinstance(payload, str):
+            yield Text(name, payload.strip(), None)
+        else:
+            chem = need("rdkit.Chem")
+            yield Text(
+                name, payload.smiles[0] or chem.MolToSmiles(chem.RemoveHs(_parse_row(payload), sanitize=False)), None
+            )
+    if damage:
+        yield Text(f"record {index + 1}", "", damage[0])
+
+
 def count_records(path: str | os.PathLike[str]) -> int:
     """How many records ``read`` gives at most; reads the file through once, without RDKit."""
     path = Path(path)
