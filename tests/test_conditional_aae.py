@@ -225,6 +225,14 @@ def test_reads_a_column_and_skips_gaps(tmp_path):
     assert facts["value_mean"] == pytest.approx(data.train.values.mean().item())
 
 
+def test_limits_of_the_condition(tmp_path):
+    path = table(tmp_path / "some.csv", {"activity": length})
+    told = KIND.Settings(condition="activity", lowest=3.0, highest=5.0)
+    _, data = KIND.read(path, told, seed=0, progress=False)
+    values = torch.cat([part.values for part in data])
+    assert values.min() == 3 and values.max() == 5 and (values == 4).any()
+
+
 def test_reads_doses(tmp_path):
     path = table(tmp_path / "some.csv", {"activity": length, "dose": lambda text: str(-len(text))})
     facts, data = KIND.read(path, KIND.Settings(condition="activity", dose="dose"), seed=0, progress=False)
@@ -289,7 +297,7 @@ def test_evaluates_a_file(tmp_path):
     assert found["molecules"] == len(SMILES) and found["nats"] > 0 and -1 <= found["asked and got: correlation"] <= 1
 
 
-@pytest.mark.parametrize("bad", [{"spread": 0.0}, {"attempts": 0}, {"latent": 0}])
+@pytest.mark.parametrize("bad", [{"spread": 0.0}, {"attempts": 0}, {"latent": 0}, {"lowest": 5.0, "highest": 4.0}])
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         KIND.Settings(**bad)

@@ -36,6 +36,8 @@ class ConditionalSettings(Settings):
     batch_size: int = option(64, "rows in a batch of the main training, of all processes together")
     learning_rate: float = option(0.01, "of Adam")
     condition: str = option("logP", f"the property: {', '.join(COMPUTED)}, or a column of a table")
+    lowest: float = option(-math.inf, "a condition below counts as this")
+    highest: float = option(math.inf, "a condition above counts as this")
     dose: str = option("", "a column: the logarithm of the concentration that the condition was measured at")
     kind: str = option("maccs", "of the fingerprints", KINDS)
     latent: int = option(4, "numbers of a code, without the condition")
@@ -53,6 +55,8 @@ class ConditionalSettings(Settings):
         for name in ("latent", "prior_std", "epoch_steps", "round_steps", "first_batch_size", "most", "spread"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not self.lowest < self.highest:
+            raise ValueError(f"lowest, highest: expected two limits in order, got {self.lowest}, {self.highest}")
         if self.rounds < 0 or self.attempts < 1:
             raise ValueError(f"rounds, attempts: expected 0 or more, 1 or more, got {self.rounds}, {self.attempts}")
 
@@ -90,7 +94,7 @@ class ConditionalAAESystem(System[Split]):
 
     @classmethod
     def read(cls, path: Path, settings: Any, *, seed: int, progress: bool = True) -> tuple[dict[str, Any], Split]:
-        rows = rows_of(path, settings.kind, value=settings.condition, dose=settings.dose, progress=progress)
+        rows = _rows_of(path, settings, progress)
         data = split(rows, settings.tested, seed, path, repeated=True)
         learned = data.train
         facts: dict[str, Any] = {"bits": BITS[settings.kind], "kind": settings.kind, "condition": settings.condition}
@@ -241,7 +245,7 @@ class ConditionalAAESystem(System[Split]):
     def evaluate(self, path: Path, *, seed: int = 0) -> dict[str, float]:
         """Figures of a file that has the property, and how well the nearest of its molecules have what was asked."""
         self.model.eval()
-        rows = rows_of(path, self.facts["kind"], value=self.facts["condition"], dose=self.settings.dose)
+        rows = _rows_of(path, self.settings, False)
         return {"molecules": float(len(rows)), **self._figures(rows, seed=seed), **self.steering(rows, seed)[2]}
 
     def generate(
@@ -290,6 +294,12 @@ class ConditionalAAESystem(System[Split]):
         from fastnuggets.systems.fingerprint_pictures import steering_section
 
         return [steering_section(*self.steering(data.train, 0), self.facts["condition"], data.train)]
+
+
+def _rows_of(path: Path, settings: ConditionalSettings, progress: bool) -> Rows:
+    rows = rows_of(path, settings.kind, value=settings.condition, dose=settings.dose, progress=progress)
+    assert rows.values is not None
+    return dataclasses.replace(rows, values=rows.values.clamp(settings.lowest, settings.highest))
 
 
 def _of_all(loss: Tensor) -> Tensor:

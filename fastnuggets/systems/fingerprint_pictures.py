@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 
 import numpy as np
 from torch import Tensor
@@ -123,6 +124,7 @@ def molecules(smiles: list[str], labels: list[str]) -> str:
         drawer.FinishDrawing()
         made = drawer.GetDrawingText()
         made = made[made.index("<svg") :].replace("#000000", "currentColor")
+        made = re.sub(r"\s+xmlns:\w+=['\"][^'\"]*['\"]", "", made)  # of addresses that mean nothing in a page
         made = made.replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)
         cells.append(
             f'<figure style="margin:0">{made}<figcaption class="note">{html.escape(label)}</figcaption></figure>'
