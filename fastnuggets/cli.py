@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastnuggets
-from fastnuggets.commands import arguments, metrics, screen, train
+from fastnuggets.commands import arguments, impute, metrics, screen, train
 from fastnuggets.commands.arguments import FAILED, INTERRUPTED, OK, SKIPPED, USAGE, UsageError, say
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help=demos, add_help=False)
     commands.add_parser("train", help="a published system, on your data (train --help)", add_help=False)
     train.add(command)
+    impute.add(command)
     metrics.add(command)
     screen.add(command)
 

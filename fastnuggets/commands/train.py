@@ -74,7 +74,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="throw away the run in DIR and begin anew")
     own = parser.add_argument_group("settings of the system")
     for field in dataclasses.fields(kind.Settings):
-        _add(own, field)
+        add_setting(own, field)
     how = parser.add_argument_group("how to train")
     how.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
     how.add_argument("--device", type=lambda text: str(device(text)), default="cpu", help="default cpu")
@@ -86,7 +86,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add(group: Any, field: dataclasses.Field[Any]) -> None:
+def add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
     """--name of a field of Settings; its type is that of the default."""
     flag, help_text, choices = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["choices"]
     if isinstance(field.default, bool):

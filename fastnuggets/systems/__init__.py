@@ -14,6 +14,7 @@ SYSTEMS = {
     "char-rnn": "char_rnn:CharRNNSystem",
     "smiles-vae": "smiles_autoencoder:SmilesVAESystem",
     "smiles-aae": "smiles_autoencoder:SmilesAAESystem",
+    "vaeac": "vaeac:VaeacSystem",
 }
 
 
