@@ -555,6 +555,15 @@ def test_scores_by_hand():
     assert found["pfc"] == pytest.approx(1 / 3)
 
 
+def test_small_tables_have_small_networks():
+    vaeac = find("vaeac")
+    columns = [list(tables.Column("a", "number")), list(tables.Column("b", "categorical", ["x", "y"]))]
+    for rows, layers, latent in ((1999, [64] * 4, 16), (2000, [256] * 11, 64)):
+        net = vaeac(vaeac.Settings(), {"columns": columns, "learned": rows}).model
+        assert [layer.out_features for layer in net.proposal] == [*layers, 2 * latent]
+    assert vaeac(vaeac.Settings(width=7), {"columns": columns, "learned": 50}).model.last.in_features == 14
+
+
 @pytest.mark.parametrize(
     "settings", [{"steps": 0}, {"hidden": 1.0}, {"masks": "none"}, {"sigma": -1.0}, {"least_sigma": 0.0}, {"depth": -1}]
 )

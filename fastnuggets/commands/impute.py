@@ -22,10 +22,10 @@ _TEXT = """\
 Fill the gaps of a table. A network (VAEAC) learns from the rows as they are what belongs in any gap given the rest of
 the row, and the gaps are drawn from it.
 
-OUT is the table with the means of the samples, or the most frequent category; OUT.1, OUT.2, ... (name.1.csv, ...) are
-the samples themselves, for whoever wants to carry the uncertainty on: repeat the analysis on each. What was in the
-table stays as it was, byte for byte in a CSV file. Columns of identifiers or free text, of dates, empty ones and those
-that never vary are neither filled nor learned from; they are named at the end.
+OUT is the table with a best guess in each gap, a mean or the most frequent category. OUT.1, OUT.2, ... (name.1.csv and
+so on) are samples, for whoever wants to carry the uncertainty on: repeat the analysis on each. What was in the table
+stays as it was, byte for byte in a CSV file. Columns of identifiers or free text, of dates, empty ones and those that
+never vary are neither filled nor learned from; they are named at the end.
 
 The training is a run in a folder, by default OUT.run: after an interruption the same command goes on from there, and
 once it is done only the sampling is repeated.
@@ -62,7 +62,7 @@ def _impute(args: argparse.Namespace) -> int:
     if args.out.resolve() == args.input.resolve():
         raise UsageError("--out: the table itself would be overwritten")
     system, table = _system(args)
-    with tqdm(total=args.samples, unit="sample", desc="imputing", disable=None) as bar:
+    with tqdm(total=2 * args.samples, unit="pass", desc="imputing", disable=None) as bar:
         *samples, means = system.fill(table, args.samples, seed=args.seed, within=args.within, tick=bar.update)
     written = [args.out]
     if not args.mean:
