@@ -108,6 +108,18 @@ def test_vocabulary_round_trip():
     assert (vocabulary.BEGIN, vocabulary.END) == (char_rnn.BEGIN, char_rnn.END)
 
 
+def test_many_strings_are_worked_on_in_parts(monkeypatch):
+    strings = Strings.of([*SMILES, "", "C"])
+    words = Vocabulary.of(strings)
+    rows = np.random.default_rng(0).permutation(len(strings))
+    whole = [strings.take(rows), words.encode(strings)]
+    monkeypatch.setattr(vocabulary, "_PART", 3)
+    assert Vocabulary.of(strings).tokens == words.tokens
+    assert Vocabulary("C").knows(strings).tolist() == [set(text) <= {"C"} for text in [*SMILES, "", "C"]]
+    for a, b in zip(whole, [strings.take(rows), words.encode(strings)], strict=True):
+        assert np.array_equal(a.data, b.data) and np.array_equal(a.ptr, b.ptr)
+
+
 def test_vocabulary_says_what_is_wrong():
     words = Vocabulary("CNO")
     strings = Strings.of(["CC", "CSN", "", "CS"])

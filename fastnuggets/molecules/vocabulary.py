@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 BEGIN, END = 0, 1  # of every vocabulary
 _SPECIAL = ("<begin>", "<end>")
+_PART = 1 << 16  # strings worked on at a time: what is computed for each character takes 8 bytes and more
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Strings:
             raise IndexError(f"index {index} is out of range for {len(self)} strings")
         return self.data[self.ptr[index] : self.ptr[index + 1]].tobytes().decode("ascii")
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """[B] int64."""
         return np.diff(self.ptr)
@@ -54,9 +56,18 @@ class Strings:
     def take(self, rows: np.ndarray) -> Strings:
         """Those of some rows [n], or of a mask [B], in that order."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        return Strings.cat([self._gather(rows[i : i + _PART]) for i in range(0, len(rows), _PART)])
+
+    def _gather(self, rows: np.ndarray) -> Strings:
         ptr = _ends(self.lengths[rows])
         places = np.arange(ptr[-1]) + np.repeat(self.ptr[rows] - ptr[:-1], np.diff(ptr))
         return Strings(self.data[places], ptr)
+
+    def parts(self) -> Iterator[Strings]:
+        """The same strings, some after the other; they share the memory."""
+        for i in range(0, len(self), _PART):
+            ptr = self.ptr[i : i + _PART + 1]
+            yield Strings(self.data[ptr[0] : ptr[-1]], ptr - ptr[0])
 
     def padded(self, rows: np.ndarray, value: int) -> np.ndarray:
         """[longest of the rows, n] uint8: a column for each row, with `value` after its end."""
@@ -88,7 +99,10 @@ class Vocabulary:
     @classmethod
     def of(cls, strings: Strings) -> Vocabulary:
         """Of all characters that occur."""
-        return cls(map(chr, np.flatnonzero(np.bincount(strings.data, minlength=256))))
+        occurs = np.zeros(256, bool)
+        for part in strings.parts():
+            occurs |= np.bincount(part.data, minlength=256) > 0
+        return cls(map(chr, np.flatnonzero(occurs)))
 
     @classmethod
     def from_tokens(cls, tokens: Sequence[str]) -> Vocabulary:
@@ -107,6 +121,9 @@ class Vocabulary:
 
     def knows(self, strings: Strings) -> np.ndarray:
         """[B] bool: whether all characters of a string are in the vocabulary."""
+        return np.concatenate([np.empty(0, bool), *map(self._knows, strings.parts())])
+
+    def _knows(self, strings: Strings) -> np.ndarray:
         unknown = np.concatenate([[0], np.cumsum(self._token[strings.data] == END)])
         known: np.ndarray = unknown[strings.ptr[1:]] == unknown[strings.ptr[:-1]]
         return known
@@ -121,6 +138,9 @@ class Vocabulary:
             raise ValueError(
                 f"{smiles!r}: the character {character!r} is not in the vocabulary {''.join(self.characters)}"
             )
+        return Strings.cat([self._encode(part) for part in strings.parts()])
+
+    def _encode(self, strings: Strings) -> Strings:
         lengths = strings.lengths
         ptr = _ends(lengths + 2)
         tokens = np.full(ptr[-1], END, np.uint8)
