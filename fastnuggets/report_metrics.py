@@ -181,17 +181,23 @@ def _cell(smiles: str, caption: str) -> str:
 
 def _drawing(smiles: str) -> str:
     """An SVG in the page's colours."""
+    from rdkit import rdBase
     from rdkit.Chem import MolFromSmiles
     from rdkit.Chem.Draw import rdMolDraw2D
 
-    draw = rdMolDraw2D.MolDraw2DSVG(220, 160)
-    options = draw.drawOptions()
-    options.clearBackground = False
-    options.updateAtomPalette({7: (0.25, 0.48, 0.93), 8: (0.88, 0.3, 0.3)})
-    mol = MolFromSmiles(smiles, sanitize=False)
-    mol.UpdatePropertyCache(strict=False)
-    rdMolDraw2D.PrepareAndDrawMolecule(draw, mol, kekulize=False)
-    draw.FinishDrawing()
+    with rdBase.BlockLogs():
+        draw = rdMolDraw2D.MolDraw2DSVG(220, 160)
+        options = draw.drawOptions()
+        options.clearBackground = False
+        options.updateAtomPalette({7: (0.25, 0.48, 0.93), 8: (0.88, 0.3, 0.3)})
+        mol = MolFromSmiles(smiles)
+        if mol is None:  # a fragment whose aromatic ring was cut
+            mol = MolFromSmiles(smiles, sanitize=False)
+            mol.UpdatePropertyCache(strict=False)
+            rdMolDraw2D.PrepareAndDrawMolecule(draw, mol, kekulize=False)
+        else:
+            rdMolDraw2D.PrepareAndDrawMolecule(draw, mol)
+        draw.FinishDrawing()
     text = draw.GetDrawingText().replace("#000000", "currentColor")
     return text[text.index("<svg") :]
 
