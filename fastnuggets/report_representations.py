@@ -58,7 +58,7 @@ autoencoders return for $tested molecules that they have never seen. What is bet
 <h2>One molecule, four drawings</h2>
 $slices
 <p class="note">The middle plane of a test molecule with all channels added, and below it what the autoencoder returns
-(first seed). Orange is negative.</p>
+(first seed). Purple is negative.</p>
 </section>
 
 <section>
@@ -280,8 +280,10 @@ def _noise_text(result: Result) -> str:
     parts = []
     for level, share in best.items():
         names = [name for name, one in result.noise.items() if one["noise"][level][0] == share]
-        parts.append(f"at {100 * float(level):.0f} % {', '.join(names)} ({100 * share:.0f} % whole)")
-    return f"Best: {'; '.join(parts)}."
+        parts.append(
+            f"At {100 * float(level):.0f} % noise the best find {100 * share:.0f} % whole: {'; '.join(names)}."
+        )
+    return " ".join(parts)
 
 
 def _levels() -> list[str]:

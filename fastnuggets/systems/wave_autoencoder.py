@@ -249,7 +249,7 @@ class WaveAutoencoderSystem(System[GridData]):
             for axis, volume in zip(row, volumes.sum(1).float().cpu(), strict=True):
                 middle = volume.shape[0] // 2
                 plane = volume[middle - 1 : middle + 1].mean(0).numpy()
-                axis.imshow(plane, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+                axis.imshow(plane, cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
         return (
             "<p>The middle plane of held-out molecules, channels added: what went in, and below what came out.</p>"
