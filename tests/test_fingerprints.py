@@ -104,7 +104,7 @@ def test_a_process_that_dies_is_an_error(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit('no memory')")
     monkeypatch.setattr(module._bits, "__file__", str(script))
-    with pytest.raises(RuntimeError, match="a fingerprint process died: no memory"):
+    with pytest.raises(RuntimeError, match="a fingerprint process did not start: no memory"):
         fingerprints(["CCO"], "maccs", processes=1)
 
 
@@ -138,6 +138,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     with np.load(tmp_path / "a.npz") as archive:
         assert np.array_equal(archive["packed"], rows)
     assert torch.equal(found.tensor(), torch.from_numpy(rows))
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert {member.date_time[0] for member in archive.infolist()} == {1980}  # the same bytes each time
     nothing = Fingerprints(rows[:0], 1024, "morgan")
     nothing.save(tmp_path / "a.npz")
     assert same(Fingerprints.load(tmp_path / "a.npz"), nothing)

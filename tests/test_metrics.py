@@ -17,7 +17,7 @@ from rdkit import Chem, RDConfig
 from rdkit.Chem import QED, Crippen, Descriptors, FilterCatalog
 
 from fastnuggets import molecules as fm
-from fastnuggets.molecules import _describe, descriptions, embedding, metrics
+from fastnuggets.molecules import _describe, descriptions, metrics, workers
 from fastnuggets.molecules.descriptions import Statistics, describe
 from fastnuggets.molecules.fingerprints import fingerprints, pack
 
@@ -258,9 +258,8 @@ def test_a_smiles_that_kills_its_process_counts_as_broken(monkeypatch, tmp_path)
         "import os, sys\n"
         f"sys.path.insert(0, {str(Path(_describe.__file__).parent)!r})\n"
         "import _describe\n"
-        "usual = _describe.describe\n"
-        "_describe.describe = lambda smiles, *more: os._exit(3) if 'CCCF' in smiles else usual(smiles, *more)\n"
-        "_describe.serve()\n"
+        "def describe(smiles, *more):\n"
+        "    return os._exit(3) if 'CCCF' in smiles else _describe.describe(smiles, *more)\n"
     )
     smiles = ["CCO", "CCCF", BIPHENYL]
     with monkeypatch.context() as patch:
@@ -276,8 +275,8 @@ def test_a_smiles_that_kills_its_process_counts_as_broken(monkeypatch, tmp_path)
 
 def test_an_interruption_ends_the_processes(monkeypatch):
     started = []
-    answer = embedding._Process.answer
-    monkeypatch.setattr(embedding._Process, "answer", lambda self: started.append(self) or answer(self))
+    answer = workers._Process.answer
+    monkeypatch.setattr(workers._Process, "answer", lambda self: started.append(self) or answer(self))
     monkeypatch.setattr(descriptions, "_BLOCK", 2)
 
     def stream():
@@ -449,6 +448,13 @@ def test_the_command_prints_a_table_and_writes_a_page(files, capsys):
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://www.rdkit.org", "")
     assert run("gen.smi", "--reference", "r.npz", "--train", "r.npz") == 0
     assert capsys.readouterr().out.splitlines() == out.splitlines()[:-1]
+
+
+def test_a_fragment_that_is_no_molecule_is_drawn():
+    from fastnuggets.report_metrics import _drawing
+
+    assert _drawing("[16*]c1cccc1").count("<path") > 4
+    assert "stroke-dasharray" not in _drawing("c1ccccc1")  # aromatic bonds are drawn as single and double ones
 
 
 def test_the_page_of_nothing_valid(files, capsys):

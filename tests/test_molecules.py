@@ -16,7 +16,7 @@ import torch
 
 import fastnuggets
 from fastnuggets import molecules as fm
-from fastnuggets.molecules import _worker, embedding, files, table
+from fastnuggets.molecules import _worker, embedding, files, table, workers
 
 rdkit = pytest.importorskip("rdkit")
 pytest.importorskip("pyarrow")
@@ -403,22 +403,22 @@ def test_finished_chunks_stay_when_the_work_is_interrupted(smi, tmp_path, monkey
 
 
 def test_a_dead_worker_costs_one_molecule(smi):
-    with embedding._Workers(1, 60.0) as workers:
+    with embedding._Embedders(1, 60.0) as pool:
         task = ("CCO", 1, True, 60.0)
-        assert workers.submit(task).result()[2] == ""
-        (process,) = workers.live
+        assert pool.submit(*task).result()[2] == ""
+        (process,) = pool._live
         os.kill(process.popen.pid, signal.SIGKILL)
         process.popen.wait()
-        numbers, coords, reason, final = workers.submit(task).result()
+        numbers, coords, reason, final = pool.submit(*task).result()
         assert (numbers, coords, reason, final) == (b"", b"", "its worker process died (SIGKILL)", False)
-        assert workers.submit(task).result()[2] == ""
+        assert pool.submit(*task).result()[2] == ""
 
 
 def test_a_molecule_that_takes_too_long_is_a_failure(monkeypatch):
     timer = threading.Timer
     monkeypatch.setattr(threading, "Timer", lambda limit, kill: timer(limit / 100, kill))
-    with embedding._Workers(1, 0.5) as workers:
-        *_, reason, final = workers.submit(("C" * 400, 1, True, 60.0)).result()
+    with embedding._Embedders(1, 0.5) as pool:
+        *_, reason, final = pool.submit("C" * 400, 1, True, 60.0).result()
     assert reason == "its worker process died (SIGKILL)"
     assert not final
 
@@ -426,9 +426,9 @@ def test_a_molecule_that_takes_too_long_is_a_failure(monkeypatch):
 def test_workers_end_with_the_iterator(smi, monkeypatch):
     started = []
     monkeypatch.setattr(
-        embedding._Process,
+        workers._Process,
         "answer",
-        lambda self, ask=embedding._Process.answer: started.append(self) or ask(self),
+        lambda self, ask=workers._Process.answer: started.append(self) or ask(self),
     )
     stream = fm.conformers(list(fm.read(smi)) * 30, processes=2)
     next(stream)

@@ -1,13 +1,7 @@
-"""Fingerprints of a block of molecules, and the loop of the process that makes them.
-
-Started as a script by path, so that a worker loads RDKit alone and neither torch nor the caller's __main__.
-"""
+"""Fingerprints of a block of molecules. Worker processes load this file alone."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -47,21 +41,3 @@ def _method(kind: str) -> tuple[Callable[[Any], Any], int]:
     if kind == "maccs":
         return rdMolDescriptors.GetMACCSKeysFingerprint, 1
     return rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024).GetFingerprint, 0
-
-
-def serve() -> None:
-    """Answer pickled blocks from stdin on stdout until stdin ends."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not get between the replies
-    while True:
-        try:
-            task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(compute(*task), replies)
-        replies.flush()
-
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its modules must not stand in for others of the same name
-    serve()

@@ -1,16 +1,11 @@
-"""What the metrics want to know of a block of molecules, and the loop of the process that works it out.
-
-Started as a script by path, so that a worker loads RDKit alone and neither torch nor the caller's __main__.
-"""
+"""What the metrics want to know of a block of molecules. Worker processes load this file alone."""
 
 from __future__ import annotations
 
 import csv
 import math
 import os
-import pickle
 import re
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -174,22 +169,5 @@ def not_smarts(texts: Iterable[str]) -> list[str]:
         return [text for text in texts if not text or Chem.MolFromSmarts(text) is None]
 
 
-def serve() -> None:
-    """Answer pickled tasks from stdin on stdout until stdin ends; the first answer says that RDKit is loaded."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not get between the replies
+def warm_up() -> None:
     describe(["C"], ALL, ())
-    reply: object = "ready"
-    while True:
-        pickle.dump(reply, replies)
-        replies.flush()
-        try:
-            task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        reply = describe(*task)
-
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its modules must not stand in for others of the same name
-    serve()

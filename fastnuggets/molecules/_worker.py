@@ -1,14 +1,8 @@
-"""One conformer, and the loop of the process that makes them.
-
-Started as a script by path, so that a worker loads RDKit alone (0.2 s) and neither torch nor the caller's __main__.
-"""
+"""One conformer. Worker processes load this file alone."""
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -71,24 +65,6 @@ def _set_apart(conformer: Any, fragments: Sequence[Sequence[int]]) -> None:
     conformer.SetPositions(positions)
 
 
-def serve() -> None:
-    """Answer pickled tasks from stdin on stdout until stdin ends; the first answer says that RDKit is loaded."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not get between the replies
+def warm_up() -> None:
     import rdkit.Chem.rdDistGeom
     import rdkit.Chem.rdForceFieldHelpers  # noqa: F401
-
-    reply: object = "ready"
-    while True:
-        pickle.dump(reply, replies)
-        replies.flush()
-        try:
-            task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        reply = embed(*task)
-
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its modules must not stand in for others of the same name
-    serve()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import importlib.util
 import json
 import os
 import random
 import warnings
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,14 @@ import numpy as np
 
 from fastnuggets.molecules import _describe
 from fastnuggets.molecules._describe import PROPERTIES
-from fastnuggets.molecules.embedding import DiedError, Workers
-from fastnuggets.molecules.files import atomic_write, batched, cores, need
+from fastnuggets.molecules.files import atomic_write, batched, need
+from fastnuggets.molecules.workers import DiedError, Workers, in_order
 
 Embed = Callable[[Sequence[str]], np.ndarray]  # SMILES [n] -> activations [n, D]
 
 _BLOCK = 256  # molecules that a worker takes at a time, half a second
 _SAMPLE = 48
-_LIMIT = 60.0  # seconds that a block may take; it takes one
+_LIMIT = 120.0  # seconds that a block may take; it takes one
 _FORMAT = "fastnuggets statistics 1"
 _WIDTH = 128
 
@@ -115,8 +116,6 @@ def describe(
     """
     for module in ("rdkit.Chem", "tqdm"):
         need(module)
-    if processes is not None and processes < 0:
-        raise ValueError(f"processes: expected 0 or more, got {processes}")
     alerts = tuple(filters or ())
     broken = _describe.not_smarts(alerts)
     if broken:
@@ -125,12 +124,17 @@ def describe(
     if total is None and isinstance(smiles, Sized):
         total = len(smiles)
     label = progress if isinstance(progress, str) else "molecules"
-    gathered = _Gathered(embed)
+    gathered, crashed = _Gathered(embed), list[str]()
     with need("tqdm").tqdm(total=total, unit="mol", desc=label, disable=None if progress else True) as bar:
-        for block, crashed in _blocks(smiles, level, alerts, processes):
-            gathered.add(block, crashed)
-            bar.update(len(block[0]))
-    return gathered.finish(level)
+        blocks = batched(smiles, _BLOCK)
+        made = in_order(
+            lambda count: _Describers(count, crashed), blocks, lambda part: (part, level, alerts), processes
+        )
+        with closing(made):
+            for part, block in made:
+                gathered.add(block)
+                bar.update(len(part))
+    return gathered.finish(level, len(crashed))
 
 
 def chemnet(device: str = "cpu", batch_size: int = 512) -> Embed:
@@ -148,50 +152,46 @@ def chemnet(device: str = "cpu", batch_size: int = 512) -> Embed:
     return embed
 
 
-def _blocks(
-    smiles: Iterable[str], level: int, alerts: tuple[str, ...], processes: int | None
-) -> Generator[tuple[_describe.Block, int], None, None]:
-    """Blocks in the order of the input, a few ahead of the caller, and how many SMILES of each killed a worker."""
-    blocks = batched(smiles, _BLOCK)
-    head = list(islice(blocks, 2))
-    if processes is None:
-        processes = cores() if len(head) > 1 else 0  # a few molecules are done sooner than a process has started
-    with _Describers(processes) as workers:
-        waiting: deque[Any] = deque()
-        for block in chain(head, blocks):
-            waiting.append(workers.submit((block, level, alerts)))
-            if len(waiting) > 2 * processes:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+def read_filters(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """SMARTS of a table with a column ``smarts``, as molsets' mcf.csv."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "smarts" not in rows[0]:
+        raise ValueError(f"{path}: expected a table with a column smarts")
+    return tuple(row["smarts"] for row in rows if row["smarts"])
 
 
-def _result(made: Any) -> tuple[_describe.Block, int]:
-    result: tuple[_describe.Block, int] = made.result() if isinstance(made, Future) else made
-    return result
+def installed_filters() -> tuple[str, ...]:
+    """The medicinal chemistry filters of an installed molsets, which is not imported; none if there is none."""
+    found = importlib.util.find_spec("moses")
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder) / "metrics" / "mcf.csv"
+        if path.is_file():
+            return read_filters(path)
+    return ()
 
 
 class _Describers(Workers):
-    def __init__(self, count: int) -> None:
-        super().__init__(count, _LIMIT, _describe.__file__, "describing")
+    """If a process dies over a block, half by half, until it is known over which SMILES."""
 
-    def submit(self, task: _describe.Task) -> Any:
-        return self.threads.submit(self._run, task) if self.threads else (_describe.describe(*task), 0)
+    def __init__(self, count: int, crashed: list[str]) -> None:
+        super().__init__(_describe.describe, count, "describing", _LIMIT)
+        self.crashed = crashed
 
-    def _run(self, task: _describe.Task) -> tuple[_describe.Block, int]:
-        """If the process dies, half by half, until it is known over which SMILES."""
+    def run(self, *task: Any) -> _describe.Block:
         try:
-            return self.ask(task), 0
+            block: _describe.Block = self.ask(*task)
+            return block
         except DiedError:
             smiles, level, alerts = task
         if len(smiles) == 1:
-            return _describe.describe([""], level, alerts), 1
+            self.crashed += smiles
+            return _describe.describe([""], level, alerts)
         middle = len(smiles) // 2
-        first, crashed = self._run((smiles[:middle], level, alerts))
-        second, others = self._run((smiles[middle:], level, alerts))
-        *rows, fragments, scaffolds = (a + b for a, b in zip(_summable(first), _summable(second), strict=True))
+        halves = (self.run(part, level, alerts) for part in (smiles[:middle], smiles[middle:]))
+        *rows, fragments, scaffolds = (a + b for a, b in zip(*map(_summable, halves), strict=True))
         joined: Any = (*rows, dict(fragments), dict(scaffolds))
-        return joined, crashed + others
+        return joined
 
 
 def _summable(block: _describe.Block) -> list[Any]:
@@ -204,7 +204,7 @@ class _Gathered:
 
     def __init__(self, embed: Embed | None) -> None:
         self.embed = embed
-        self.total = self.crashed = self.valid = 0
+        self.total = self.valid = 0
         self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
         self.fragments: Counter[str] = Counter()
         self.scaffolds: Counter[str] = Counter()
@@ -212,11 +212,10 @@ class _Gathered:
         self.random = random.Random(0)
         self.sample: list[str] = []
 
-    def add(self, block: _describe.Block, crashed: int) -> None:
+    def add(self, block: _describe.Block) -> None:
         names, bits, properties, passed, fragments, scaffolds = block
         valid = [name for name in names if name]
         self.total += len(names)
-        self.crashed += crashed
         keys = np.fromiter(map(_key, valid), np.uint64, len(valid))
         values = np.frombuffer(properties).reshape(-1, len(PROPERTIES))
         self.rows.append((keys, np.frombuffer(bits, np.uint8).reshape(-1, _WIDTH), values, sum(passed)))
@@ -232,7 +231,7 @@ class _Gathered:
         if self.embed and valid:
             self.moments.add(np.asarray(self.embed(valid), np.float64))
 
-    def finish(self, level: int) -> Statistics:
+    def finish(self, level: int, crashed: int) -> Statistics:
         nothing = (np.empty(0, np.uint64), np.empty((0, _WIDTH), np.uint8), np.empty((0, len(PROPERTIES))), 0)
         keys, bits, values, passed = zip(nothing, *self.rows, strict=True)
         return Statistics(
@@ -245,7 +244,7 @@ class _Gathered:
             sum(passed) if level == _describe.ALL else None,
             self.moments.finish() if self.embed else None,
             self.sample,
-            self.crashed,
+            crashed,
         )
 
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastnuggets.molecules import _worker
 from fastnuggets.molecules.files import atomic_write, batched, cores, need
 from fastnuggets.molecules.readers import Record
-
-W = TypeVar("W", bound="Workers")
+from fastnuggets.molecules.workers import DiedError, Workers
 
 CHUNK = 64  # molecules in one cache file: what an interruption can cost, about a second of two cores
 
@@ -85,10 +77,10 @@ def _conformers(
     total: int | None,
 ) -> Generator[Conformer, None, None]:
     bar = need("tqdm").tqdm(total=total, unit="mol", desc="conformers", disable=None if progress else True)
-    with _Workers(cores() if processes is None else processes, timeout) as workers, bar:
+    with _Embedders(cores() if processes is None else processes, timeout) as workers, bar:
         waiting: deque[_Chunk] = deque()
         for group in batched(records, CHUNK):
-            waiting.append(_Chunk(group, workers, store, optimize, seed))
+            waiting.append(_Chunk(group, workers, store, optimize, seed, timeout))
             if len(waiting) > 1:  # one chunk ahead keeps the workers busy while the caller uses the last one
                 yield from waiting.popleft().finish(bar)
         for chunk in waiting:
@@ -98,7 +90,15 @@ def _conformers(
 class _Chunk:
     """Records whose conformers are being made, or were found in the cache."""
 
-    def __init__(self, records: list[Record], workers: _Workers, store: _Cache | None, optimize: bool, seed: int):
+    def __init__(
+        self,
+        records: list[Record],
+        workers: _Embedders,
+        store: _Cache | None,
+        optimize: bool,
+        seed: int,
+        timeout: float,
+    ) -> None:
         self.records = records
         self.store = store
         self.smiles = [record.smiles for record in records if _to_embed(record)]
@@ -107,7 +107,7 @@ class _Chunk:
         self.results: Iterator[Any] = iter(
             cached
             if cached is not None
-            else [workers.submit((text, _seed(seed, text), optimize, workers.timeout)) for text in self.smiles]
+            else [workers.submit(text, _seed(seed, text), optimize, timeout) for text in self.smiles]
         )
 
     def finish(self, bar: Any) -> list[Conformer]:
@@ -162,125 +162,19 @@ def _seed(seed: int, smiles: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {smiles}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-class Workers:
-    """Processes that take one task at a time, each fed by a thread of its own. A dead one costs one task."""
-
-    def __init__(self, count: int, timeout: float, script: str, what: str) -> None:
-        self.count = count
-        self.timeout = timeout
-        self.script = script
-        self.what = what
-        self.mine = threading.local()
-        self.lock = threading.Lock()
-        self.live: set[_Process] = set()
-        self.closed = False
-
-    def __enter__(self: W) -> W:
-        self.threads = ThreadPoolExecutor(self.count) if self.count else None
-        self.messages = tempfile.TemporaryFile()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.closed = True
-            for process in self.live:
-                process.kill()
-        if self.threads:
-            self.threads.shutdown(cancel_futures=True)
-        for process in self.live:
-            process.end()
-        self.messages.close()
-
-    def ask(self, task: Any) -> Any:
-        """What the process of this thread answers. DiedError if it dies on the task, or is too long about it."""
-        process = getattr(self.mine, "process", None) or self._start()
-        # RDKit's own limit ends an embedding in good order; this one ends whatever does not heed it.
-        limit = threading.Timer(2 * self.timeout + 5, process.kill)
-        limit.start()
-        try:
-            return process.ask(task)
-        except _DEAD as error:
-            self.mine.process = None
-            with self.lock:
-                self.live.discard(process)
-            raise DiedError(f"its worker process died ({process.end()})") from error
-        finally:
-            limit.cancel()
-
-    def _start(self) -> _Process:
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("the workers are closed")
-            process = _Process(self.script, self.messages)
-            self.live.add(process)
-        try:
-            process.answer()
-        except _DEAD as error:
-            self.messages.seek(0)
-            said = self.messages.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"a {self.what} process did not start: {said[-1] if said else process.end()}") from error
-        self.mine.process = process
-        return process
-
-
-class DiedError(Exception):
-    """A worker process ended over a task; says how."""
-
-
-class _Workers(Workers):
-    """Processes that embed."""
+class _Embedders(Workers):
+    """A molecule on which a process dies has that for a reason."""
 
     def __init__(self, count: int, timeout: float) -> None:
-        super().__init__(count, timeout, _worker.__file__, "conformer")
+        # RDKit's own limit ends an embedding in good order; this one ends whatever does not heed it.
+        super().__init__(_worker.embed, count, "conformer", 2 * timeout + 5)
 
-    def submit(self, task: _worker.Task) -> Any:
-        return self.threads.submit(self._run, task) if self.threads else _worker.embed(*task)
-
-    def _run(self, task: _worker.Task) -> _worker.Result:
+    def run(self, *task: Any) -> _worker.Result:
         try:
-            result: _worker.Result = self.ask(task)
+            result: _worker.Result = self.ask(*task)
             return result
         except DiedError as error:
             return b"", b"", str(error), False
-
-
-_DEAD = (EOFError, OSError, ValueError, pickle.UnpicklingError)  # what a pipe to a dead process raises
-
-
-class _Process:
-    """A worker process and its two pipes."""
-
-    def __init__(self, script: str, messages: IO[bytes]) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # a Ctrl-C at the terminal is for the parent, which then ends the workers
-        )
-        self.tasks: Any = self.popen.stdin
-        self.answers: Any = self.popen.stdout
-
-    def answer(self) -> Any:
-        return pickle.load(self.answers)
-
-    def ask(self, task: _worker.Task) -> Any:
-        pickle.dump(task, self.tasks)
-        self.tasks.flush()
-        return self.answer()
-
-    def kill(self) -> None:
-        self.popen.kill()
-
-    def end(self) -> str:
-        """Kill it if it lives, free what it holds, and say how it ended."""
-        self.kill()
-        code = self.popen.wait()
-        for pipe in (self.tasks, self.answers):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 class _Cache:

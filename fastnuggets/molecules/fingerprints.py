@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
-import subprocess
-import sys
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,8 +15,9 @@ import numpy as np
 import torch
 
 from fastnuggets.molecules import _bits, _fingerprint_store
-from fastnuggets.molecules.files import batched, cores, need
+from fastnuggets.molecules.files import batched, need
 from fastnuggets.molecules.readers import count_records, read_texts, why_not
+from fastnuggets.molecules.workers import Workers, in_order
 
 KINDS = ("maccs", "morgan")
 BITS = {"maccs": 166, "morgan": 1024}
@@ -238,32 +234,26 @@ def _made(
     """Rows in the order of the input, a few blocks ahead of the caller."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if processes is not None and processes < 0:
-        raise ValueError(f"processes: expected 0 or more, got {processes}")
     for module in ("rdkit.Chem", "tqdm"):
         need(module)
-    blocks = batched(items, _BLOCK)
-    head = list(itertools.islice(blocks, 2))
-    if processes is None:
-        processes = cores() if len(head) > 1 else 0  # a few molecules are done sooner than a process has started
+
+    def task(block: list[_Item]) -> tuple[Any, ...]:
+        return kind, [item.molecule for item in block if not item.error], canonical
+
     bar = need("tqdm").tqdm(total=total, initial=start, unit="mol", desc=kind, disable=None if progress else True)
-    with _Workers(processes) as workers, bar:
-        waiting: deque[tuple[list[_Item], Any]] = deque()
-        for block in itertools.chain(head, blocks, itertools.repeat(None)):
-            if block:
-                molecules = [item.molecule for item in block if not item.error]
-                waiting.append((block, workers.submit(kind, molecules, canonical)))
-            elif not waiting:
-                return
-            if not block or len(waiting) > 2 * processes:
-                made = _finish(kind, start, *waiting.popleft())
-                start = made.consumed
-                bar.update(made.consumed - bar.n)
-                yield made
+    blocks = in_order(
+        lambda count: Workers(_bits.compute, count, "fingerprint"), batched(items, _BLOCK), task, processes
+    )
+    with bar, closing(blocks):
+        for block, result in blocks:
+            made = _finish(kind, start, block, result)
+            start = made.consumed
+            bar.update(made.consumed - bar.n)
+            yield made
 
 
-def _finish(kind: str, start: int, block: list[_Item], result: Any) -> _Made:
-    rows, broken, canonical = result.result() if isinstance(result, Future) else result
+def _finish(kind: str, start: int, block: list[_Item], result: _bits.Block) -> _Made:
+    rows, broken, canonical = result
     names, smiles, skipped = [], [], []
     sent = itertools.count()
     for index, item in enumerate(block, start):
@@ -277,61 +267,3 @@ def _finish(kind: str, start: int, block: list[_Item], result: Any) -> _Made:
             skipped.append(Skipped(index, item.name, error))
     packed = np.frombuffer(rows, np.uint8).reshape(-1, _width(BITS[kind]))
     return _Made(packed, names, canonical or smiles, skipped, start + len(block))
-
-
-class _Workers:
-    """Processes that make fingerprints, each fed by a thread of its own."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.mine = threading.local()
-        self.lock = threading.Lock()
-        self.live: list[subprocess.Popen[bytes]] = []
-        self.closed = False
-
-    def __enter__(self) -> _Workers:
-        self.threads = ThreadPoolExecutor(self.count) if self.count else None
-        self.messages = tempfile.TemporaryFile()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.closed = True
-            for process in self.live:
-                process.kill()
-        if self.threads:
-            self.threads.shutdown(cancel_futures=True)
-        for process in self.live:
-            process.communicate()
-        self.messages.close()
-
-    def submit(self, *task: Any) -> Any:
-        return self.threads.submit(self._run, task) if self.threads else _bits.compute(*task)
-
-    def _run(self, task: tuple[Any, ...]) -> _bits.Block:
-        process = getattr(self.mine, "process", None) or self._start()
-        try:
-            pickle.dump(task, process.stdin)
-            process.stdin.flush()
-            answer: _bits.Block = pickle.load(process.stdout)
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            self.messages.seek(0)
-            said = self.messages.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"a fingerprint process died: {said[-1] if said else process.poll()}") from error
-        return answer
-
-    def _start(self) -> Any:
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("the workers are closed")
-            process = subprocess.Popen(
-                [sys.executable, _bits.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.messages,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # a Ctrl-C at the terminal is for the parent, which then ends the workers
-            )
-            self.live.append(process)
-        self.mine.process = process
-        return process

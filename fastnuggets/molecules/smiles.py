@@ -5,16 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import os
-import pickle
-import subprocess
-import sys
-import tempfile
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +14,9 @@ import numpy as np
 
 from fastnuggets.molecules import _canonical, readers
 from fastnuggets.molecules.batch import Molecules
-from fastnuggets.molecules.files import batched, cores, need
+from fastnuggets.molecules.files import batched, need
 from fastnuggets.molecules.vocabulary import Strings
+from fastnuggets.molecules.workers import Workers, in_order
 
 _BLOCK = 1024  # SMILES that a worker takes at a time, a fifth of a second
 
@@ -58,8 +51,6 @@ def read_smiles(
     path = Path(path)
     for module in ("rdkit.Chem", "tqdm"):
         need(module)
-    if processes is not None and processes < 0:
-        raise ValueError(f"processes: expected 0 or more, got {processes}")
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     damage: list[str] = []
@@ -129,74 +120,11 @@ def _canonical_blocks(
         for plain in blocks:
             yield plain, [item.text for item in plain]
         return
-    head = list(itertools.islice(blocks, 2))
-    if processes is None:
-        processes = cores() if len(head) > 1 else 0  # a few molecules are done sooner than a process has started
-    with _Workers(processes) as workers:
-        waiting: deque[tuple[list[_Text], Any]] = deque()
-        for block in itertools.chain(head, blocks, itertools.repeat(None)):
-            if block:
-                waiting.append((block, workers.submit([item.text for item in block])))
-            elif not waiting:
-                return
-            if not block or len(waiting) > 2 * processes:
-                given, found = waiting.popleft()
-                yield given, found.result() if isinstance(found, Future) else found
-
-
-class _Workers:
-    """Processes that write canonical SMILES, each fed by a thread of its own."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.mine = threading.local()
-        self.lock = threading.Lock()
-        self.live: list[Any] = []
-        self.closed = False
-
-    def __enter__(self) -> _Workers:
-        self.threads = ThreadPoolExecutor(self.count) if self.count else None
-        self.messages = tempfile.TemporaryFile()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.closed = True
-            for process in self.live:
-                process.kill()
-        if self.threads:
-            self.threads.shutdown(cancel_futures=True)
-        for process in self.live:
-            process.communicate()
-        self.messages.close()
-
-    def submit(self, texts: list[str]) -> Any:
-        return self.threads.submit(self._run, texts) if self.threads else _canonical.compute(texts)
-
-    def _run(self, texts: list[str]) -> list[str]:
-        process = getattr(self.mine, "process", None) or self._start()
-        try:
-            pickle.dump(texts, process.stdin)
-            process.stdin.flush()
-            found: list[str] = pickle.load(process.stdout)
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            self.messages.seek(0)
-            said = self.messages.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"a reading process died: {said[-1] if said else process.poll()}") from error
-        return found
-
-    def _start(self) -> Any:
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("the workers are closed")
-            process = subprocess.Popen(
-                [sys.executable, _canonical.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.messages,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # a Ctrl-C at the terminal is for the parent, which then ends the workers
-            )
-            self.live.append(process)
-        self.mine.process = process
-        return process
+    found = in_order(
+        lambda count: Workers(_canonical.compute, count, "reading"),
+        blocks,
+        lambda block: ([item.text for item in block],),
+        processes,
+    )
+    with contextlib.closing(found):
+        yield from found
