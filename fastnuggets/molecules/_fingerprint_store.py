@@ -117,10 +117,11 @@ class Parts:
         about = {"format": _FORMAT, **{key: self.state[key] for key in ("kind", "bits", "skipped")}}
         with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
             for name in _ARRAYS:
-                with open(self.folder / name, "rb") as part, archive.open(f"{name}.npy", "w", force_zip64=True) as out:
+                member = zipfile.ZipInfo(f"{name}.npy")  # whose date is fixed: the same rows give the same bytes
+                with open(self.folder / name, "rb") as part, archive.open(member, "w", force_zip64=True) as out:
                     self._header(out, name, os.fstat(part.fileno()).st_size)
                     shutil.copyfileobj(part, out, _COPY)
-            archive.writestr("about.json", json.dumps(about))
+            archive.writestr(zipfile.ZipInfo("about.json"), json.dumps(about))
         shutil.rmtree(self.folder)
         sync(path.parent)
 
