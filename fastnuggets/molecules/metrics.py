@@ -5,13 +5,9 @@ As the benchmark's own code computes them, also where that differs from the pape
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fastnuggets.molecules._describe import PROPERTIES
-from fastnuggets.molecules.descriptions import Activations, Embed, Statistics, chemnet, describe
+from fastnuggets.molecules.descriptions import (
+    Activations,
+    Embed,
+    Statistics,
+    chemnet,
+    describe,
+    installed_filters,
+    read_filters,
+)
 from fastnuggets.molecules.fingerprints import unpack
 from fastnuggets.ops import tanimoto_topk
 
@@ -268,25 +272,6 @@ def frechet(activations: Activations, others: Activations) -> float:
     traces = np.trace(activations.covariance) + np.trace(others.covariance)
     shift = activations.mean - others.mean
     return float(shift @ shift + traces - 2 * np.sqrt(np.maximum(crossed, 0)).sum())
-
-
-def read_filters(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """SMARTS of a table with a column ``smarts``, as molsets' mcf.csv."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "smarts" not in rows[0]:
-        raise ValueError(f"{path}: expected a table with a column smarts")
-    return tuple(row["smarts"] for row in rows if row["smarts"])
-
-
-def installed_filters() -> tuple[str, ...]:
-    """The medicinal chemistry filters of an installed molsets, which is not imported; none if there is none."""
-    found = importlib.util.find_spec("moses")
-    for folder in (found and found.submodule_search_locations) or ():
-        path = Path(folder) / "metrics" / "mcf.csv"
-        if path.is_file():
-            return read_filters(path)
-    return ()
 
 
 def _against(generated: Statistics, part: np.ndarray, reference: Statistics, device: str) -> list[float]:
