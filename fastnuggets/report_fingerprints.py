@@ -326,7 +326,8 @@ def _claims(result: Result) -> str:
     rows = [
         (
             "the best AAE is better than the best VAE",
-            f"reconstruction {_said(result, NATS)} nats; coverage {_said(result, COVERED)}; likelihood of samples "
+            f"reconstruction {_said(result, NATS)} nats, with codes of {VAE.latent} for both "
+            f"{_said(result, NATS, AAE._replace(latent=VAE.latent))}; coverage {_said(result, COVERED)}; likelihood "
             f"{_said(result, LIKELY)}; closeness to the prior {_said(result, PROBE)}",
         ),
         (
@@ -403,7 +404,10 @@ def _tradeoff(result: Result, metric: Metric, limit: float | None = None) -> str
             if marker == "s"
             else f"{setting.weight:g}"
         )
-        axis.annotate(text, (x.mean(), y.mean()), (9, 6), textcoords="offset points", color=color, fontsize=9)
+        where = (9, -13) if marker != "o" else (9, 6) if setting.weight >= 1 else (-9, 6)
+        side = "right" if where[0] < 0 else "left"
+        place = (x.mean(), y.mean())
+        axis.annotate(text, place, where, textcoords="offset points", color=color, fontsize=9, ha=side)
     for model, points in lines.items():
         axis.plot(*zip(*points, strict=True), color=COLORS[model], lw=1.6, label=model)
     if limit is not None:

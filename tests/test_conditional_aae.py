@@ -57,6 +57,7 @@ def test_published_network():
     widths = [[(m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear)] for part in
               (model.encoder, model.decoder, model.discriminator)]  # fmt: skip
     assert widths == [[(167, 128), (128, 64), (64, 5)], [(5, 64), (64, 128), (128, 167)], [(4, 6), (6, 1)]]
+    assert [type(m) for m in model.encoder] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
     code = model.encode(torch.rand(3, 166), torch.rand(3))
     made = model.decode(*code)
     assert code.latent.shape == (3, 4) and code.condition.shape == made.dose.shape == (3,)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnuggets import ops
-from fastnuggets.models.fingerprint_autoencoder import layers
 from fastnuggets.ops.sample import Key
 
 
@@ -40,7 +39,7 @@ class ConditionalAAE(nn.Module):
         bits: of a fingerprint.
         dosed: whether there is a dose.
         latent: numbers of a code, without the property.
-        hidden: widths of the encoder's layers, ReLU and batch norm after each; the decoder mirrors them, with tanh.
+        hidden: widths of the encoder's layers, batch norm and ReLU after each; the decoder mirrors them, with tanh.
         prior_std: standard deviation of the prior, > 0.
 
     Deterministic. In training mode a batch's statistics are used: it needs two rows.
@@ -61,7 +60,13 @@ class ConditionalAAE(nn.Module):
         if not prior_std > 0:
             raise ValueError(f"prior_std must be above 0, got {prior_std}")
         self.bits, self.dosed, self.latent, self.prior_std = bits, dosed, latent, prior_std
-        self.encoder = nn.Sequential(*layers([bits + dosed, *hidden], nn.ReLU), nn.Linear(hidden[-1], latent + 1))
+        # The norm before the ReLU: after it, a feature that is 0 for all but a few molecules is enormous for those.
+        outer = [
+            module
+            for inside, outside in pairwise([bits + dosed, *hidden])
+            for module in (nn.Linear(inside, outside), nn.BatchNorm1d(outside), nn.ReLU())
+        ]
+        self.encoder = nn.Sequential(*outer, nn.Linear(hidden[-1], latent + 1))
         mirrored = [latent + 1, *reversed(hidden)]
         inner = [module for inside, outside in pairwise(mirrored) for module in (nn.Linear(inside, outside), nn.Tanh())]
         self.decoder = nn.Sequential(*inner, nn.Linear(hidden[0], bits + dosed))
