@@ -14,7 +14,7 @@ from fastnuggets import cli, ops
 from fastnuggets.models.vaeac import LEAST_CHANCE, VAEAC
 from fastnuggets.systems import Draw, find, masks, run, tables
 from fastnuggets.systems.run import How, load, train
-from fastnuggets.systems.vaeac import scores
+from fastnuggets.systems.vaeac import Split, scores
 from fastnuggets.training.fit import Interrupted
 
 NAN = math.nan
@@ -385,6 +385,7 @@ def impute(table, out, *more):
 def test_impute_command(table, tmp_path, capsys):
     out = tmp_path / "out.csv"
     assert impute(table, out) == 0
+    assert not list(tmp_path.glob(".*"))  # no partial file is left
     told = capsys.readouterr().out
     assert "const" in told and "gaps left: constant" in told and "none" in told and "gaps left: empty" in told
     before = tables.read_table(table)
@@ -410,7 +411,7 @@ def test_impute_command(table, tmp_path, capsys):
 
 
 def test_impute_with_a_finished_run(table, tmp_path, capsys):
-    assert impute(table, tmp_path / "out.csv") == 0
+    assert impute(table, tmp_path / "new folder" / "out.csv", "--run", str(tmp_path / "out.run")) == 0
     chosen = ["--model", str(tmp_path / "out.run"), "--mean"]
     part = tmp_path / "part.csv"
     part.write_text("".join(CSV.splitlines(keepends=True)[:6]), newline="")
@@ -553,6 +554,13 @@ def test_scores_by_hand():
     # Means -1 and 2; the interval of the second is from 1 to 3; the second category is wrong.
     assert found["nrmse"] == pytest.approx(math.sqrt(0.5)) and found["coverage of 90 %"] == 0.5
     assert found["pfc"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(64, 2000), (6400, 30000), (10**6, 40000)])
+def test_steps(rows, steps):
+    vaeac = find("vaeac")
+    facts = {"columns": [list(tables.Column("a", "number"))], "learned": 9}
+    assert vaeac(vaeac.Settings(), facts).steps(Split(torch.empty(rows, 1), torch.empty(1, 1))) == steps
 
 
 def test_small_tables_have_small_networks():

@@ -35,6 +35,7 @@ examples:
   fastnuggets impute survey.parquet -o complete.parquet --mean --categorical region,grade
   fastnuggets impute new.csv -o imputed.csv --model imputed.run
 """
+_PATIENCE = 5  # of 20 validations: small tables are soon learned by heart
 
 
 def add(command: Any) -> None:
@@ -61,6 +62,7 @@ def _impute(args: argparse.Namespace) -> int:
         raise UsageError(f"--out must end in {args.input.suffix}, as the input does, got {args.out}")
     if args.out.resolve() == args.input.resolve():
         raise UsageError("--out: the table itself would be overwritten")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # not when hours of training are done
     system, table = _system(args)
     with tqdm(total=2 * args.samples, unit="pass", desc="imputing", disable=None) as bar:
         *samples, means = system.fill(table, args.samples, seed=args.seed, within=args.within, tick=bar.update)
@@ -96,7 +98,7 @@ def _system(args: argparse.Namespace) -> tuple[VaeacSystem, Table]:
     _look(table, args.input, {column.name for column in columns}, left_out)
     folder = args.folder or args.out.with_suffix(".run")
     try:
-        train("vaeac", args.input, folder, given, How(args.seed, args.device), fresh=args.fresh)
+        train("vaeac", args.input, folder, given, How(args.seed, args.device, patience=_PATIENCE), fresh=args.fresh)
     except Interrupted:
         print(f"\nfastnuggets: the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
         raise

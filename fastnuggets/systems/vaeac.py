@@ -43,6 +43,7 @@ class VaeacSettings(Settings):
 
     epochs: int = option(300, "passes over the training set")
     steps: int = option(2000, "of the training at least: small tables get more epochs")
+    most_steps: int = option(40000, "of the training at most: large tables get fewer epochs")
     batch_size: int = option(64, "rows in a step, of all processes together")
     learning_rate: float = option(3e-4, "of Adam")
     tested: float = option(0.15, "share of the rows that is held out for validation")
@@ -59,7 +60,7 @@ class VaeacSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "least_sigma"):
+        for name in ("steps", "most_steps", "least_sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         for name in ("width", "depth", "latent", "sigma"):
@@ -118,7 +119,7 @@ class VaeacSystem(System[Split]):
 
     def steps(self, data: Split) -> int:
         epoch = -(-len(data.train) // int(self.settings.batch_size))
-        return max(int(self.settings.epochs) * epoch, int(self.settings.steps))
+        return min(max(int(self.settings.epochs) * epoch, int(self.settings.steps)), int(self.settings.most_steps))
 
     def updates(self, data: Split, step: int, draw: Draw) -> Iterator[Update]:
         x = data.train[draw.rows(step, len(data.train), self.settings.batch_size)]
