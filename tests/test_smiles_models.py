@@ -440,6 +440,22 @@ def test_training_lowers_the_loss(smi, name):
     )
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_half_precision_on_the_cpu(smi, name):
+    """Autocast's losses are near those of float32; not every processor could run the recurrent layers in bfloat16."""
+    values = []
+    for enabled in (False, True):
+        system, data = made(name, smi)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            updates = list(system.updates(data, 0, Draw(0)))
+        for update in updates:
+            update.loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in system.model.parameters() if p.grad is not None)
+        values.append([update.loss.item() for update in updates])
+    assert values[1] == pytest.approx(values[0], rel=1e-3)  # seen: 3e-5
+
+
 def test_a_uniform_network_has_its_entropy(smi):
     system, data = made("char-rnn", smi)
     system.model.eval()

@@ -12,6 +12,7 @@ Token 0 begins every sequence and token 1 ends it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class CharRNN(nn.Module):
 
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """[T, B] tokens -> logits [T, B, V] and the state after them; without a state, from the beginning."""
-        features, state = self.rnn(self.embedding(inputs), state)
+        features, state = recur(self.rnn, self.embedding(inputs), state)
         return self.output(features), state
 
     @torch.no_grad()
@@ -51,6 +52,22 @@ class CharRNN(nn.Module):
         """[count, length] uint8, as in :func:`unroll`. Call it in evaluation mode."""
         zeros = self.output.weight.new_zeros(self.rnn.num_layers, count, self.rnn.hidden_size)
         return unroll(self.forward, (zeros, zeros), length=length, temperature=temperature, key=key)
+
+
+def recur(rnn: nn.RNNBase, features: Any, state: Any = None) -> tuple[Any, Any]:
+    """rnn(features, state); on the CPU in the type of its weights, whatever autocast says.
+
+    Not every processor has recurrent kernels of half types, and torch does not look.
+    """
+    if rnn.weight_ih_l0.device.type != "cpu":
+        return rnn(features, state)
+    dtype = rnn.weight_ih_l0.dtype
+    if isinstance(state, tuple):
+        state = tuple(part.to(dtype) for part in state)
+    elif state is not None:
+        state = state.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        return rnn(features.to(dtype), state)
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:

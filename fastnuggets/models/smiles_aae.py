@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastnuggets.models.char_rnn import State, unroll
+from fastnuggets.models.char_rnn import State, recur, unroll
 from fastnuggets.ops.sample import Key
 
 
@@ -55,7 +55,7 @@ class SmilesAAE(nn.Module):
         """[T, B] sequences, the longest first, their lengths [B] -> codes [B, Z]. The lengths are needed on the CPU."""
         # Packed, as one direction begins at the end.
         packed = pack_padded_sequence(self.embedding(inputs), lengths.cpu())
-        _, (_, cells) = self.reader(packed)
+        _, (_, cells) = recur(self.reader, packed)
         return self.code(cells.transpose(0, 1).flatten(1))
 
     def decode(self, inputs: Tensor, codes: Tensor) -> Tensor:
@@ -76,5 +76,5 @@ class SmilesAAE(nn.Module):
         return torch.zeros_like(cells), cells
 
     def _write(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        features, state = self.writer(self.embedding(inputs), state)
+        features, state = recur(self.writer, self.embedding(inputs), state)
         return self.output(features), state

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastnuggets.models.char_rnn import State, unroll
+from fastnuggets.models.char_rnn import State, recur, unroll
 from fastnuggets.nn import GaussianEncoder
 from fastnuggets.ops.sample import Key
 
@@ -37,7 +37,7 @@ class SmilesVAE(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor, *, key: Key = None) -> tuple[Tensor, Tensor]:
         """[T, B] whole sequences, their lengths [B] -> codes [B, Z] and their KL [B], as in ``nn.GaussianEncoder``."""
-        features, _ = self.reader(self.embedding(tokens))
+        features, _ = recur(self.reader, self.embedding(tokens))
         return self.code(features[lengths - 1, torch.arange(len(lengths), device=tokens.device)], key=key)
 
     def decode(self, inputs: Tensor, codes: Tensor) -> Tensor:
@@ -55,5 +55,5 @@ class SmilesVAE(nn.Module):
     def _write(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         hidden, codes = state
         features = torch.cat([self.embedding(inputs), codes.expand(len(inputs), -1, -1)], 2)
-        features, hidden = self.writer(features, hidden)
+        features, hidden = recur(self.writer, features, hidden)
         return self.output(features), (hidden, codes)
