@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
 
 STANDARD = Plan(seeds=2, steps=1000, key_steps=800)
-QUICK = Plan(seeds=2, steps=60, key_steps=40, records=600, tested=24, chosen=8, noisy=8, width=32, blocks=1)
+QUICK = Plan(seeds=2, steps=40, key_steps=40, records=600, tested=16, chosen=4, noisy=4, width=32, blocks=1)
 
 
 class Result(NamedTuple):
