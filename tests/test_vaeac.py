@@ -563,6 +563,13 @@ def test_steps(rows, steps):
     assert vaeac(vaeac.Settings(), facts).steps(Split(torch.empty(rows, 1), torch.empty(1, 1))) == steps
 
 
+def test_validation_costs_little(monkeypatch):
+    vaeac = find("vaeac")
+    system = vaeac(vaeac.Settings(), {"columns": [list(tables.Column("a", "number"))], "learned": 9})
+    monkeypatch.setattr(system, "figures", lambda x, seed: {"rows": len(x)})
+    assert system.validate(Split(torch.empty(9, 1), torch.empty(5000, 1))) == {"rows": 1000}
+
+
 def test_small_tables_have_small_networks():
     vaeac = find("vaeac")
     columns = [list(tables.Column("a", "number")), list(tables.Column("b", "categorical", ["x", "y"]))]
