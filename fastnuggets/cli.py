@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import platform
 import sys
 import warnings
@@ -23,6 +22,7 @@ import torch
 import fastnuggets
 from fastnuggets.commands import arguments, impute, metrics, screen, train
 from fastnuggets.commands.arguments import FAILED, INTERRUPTED, OK, SKIPPED, USAGE, UsageError, say
+from fastnuggets.molecules.files import cache_folder
 
 if TYPE_CHECKING:
     from fastnuggets.molecules import Conformer, GridInfo, Grids, GridWriter
@@ -282,16 +282,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the conformers (default 0)")
     parser.add_argument("--no-mmff", action="store_true", help="conformers without the force field: twice as fast")
     parser.add_argument("--processes", type=int, metavar="N", help="for the conformers (default: all cores)")
-    parser.add_argument(
-        "--cache", type=Path, default=_cache_folder(), help="folder of conformers (default %(default)s)"
-    )
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of conformers (default %(default)s)")
     parser.add_argument("--no-cache", action="store_const", const=None, dest="cache", help="keep no conformers")
     parser.add_argument("--strict", action="store_true", help="exit with 3 if a record was skipped")
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "fastnuggets" / "conformers"
 
 
 def _info(args: argparse.Namespace) -> int:

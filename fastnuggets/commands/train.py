@@ -130,10 +130,12 @@ def _generate(args: argparse.Namespace) -> int:
         for line in lines:
             print(line)
         return OK
+    written = 0
     with atomic_write(args.out) as file:
         for line in lines:
             file.write(f"{line}\n".encode())
-    print(f"{args.out}: {args.count} records")
+            written += 1
+    print(f"{args.out}: {written} records")
     return OK
 
 

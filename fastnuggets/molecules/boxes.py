@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -25,12 +24,6 @@ class Boxed(NamedTuple):
     read: int  # records
     left_out: dict[str, int]  # reason -> molecules
     embedded: int  # molecules whose conformer was made, or was in the cache
-
-
-def cache_folder() -> Path:
-    """Where conformers are kept if nothing else is said."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "fastnuggets" / "conformers"
 
 
 def boxed(

@@ -65,6 +65,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def cache_folder() -> Path:
+    """Where conformers are kept if nothing else is said."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "fastnuggets" / "conformers"
+
+
 def cores() -> int:
     """Processors that this process may use."""
     with contextlib.suppress(AttributeError):

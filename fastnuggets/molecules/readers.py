@@ -100,24 +100,7 @@ def read_smiles(path: str | os.PathLike[str], *, column: str | None = None) -> I
 
     Those of a list or table are as they stand there, parsed by nobody: some may be broken. Raises as ``read`` does.
     """
-    path = Path(path)
-    need("rdkit.Chem")
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    form = _format(path)
-    if form.parse in (_parse_sdf, _parse_pdb):
-        return (record.smiles for record in read(path))
-    damage: list[str] = []
-    source = path if form.records is _parquet else _lines(path, damage)
-    return _texts(form.records(source, damage, (column, None)), damage)
-
-
-def _texts(records: Iterator[tuple[str, Any]], damage: list[str]) -> Iterator[str]:
-    for _, payload in records:
-        text = payload.smiles[0] if isinstance(payload, Molecules) else payload
-        yield text.strip() if isinstance(text, str) else ""
-    if damage:
-        yield ""
+    return (text.smiles for text in read_texts(path, column=column))
 
 
 class Text(NamedTuple):

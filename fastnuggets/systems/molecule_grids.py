@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastnuggets.models.wave_autoencoder import STRIDE
 from fastnuggets.molecules.batch import Molecules, atomic_numbers
-from fastnuggets.molecules.boxes import boxed, cache_folder
+from fastnuggets.molecules.boxes import boxed
+from fastnuggets.molecules.files import cache_folder
 from fastnuggets.molecules.matching import sorted_atoms, voxel_atoms
 from fastnuggets.nn.voxelize import Voxelizer, rotations
 from fastnuggets.ops.inverse import Atoms, find_atoms
