@@ -106,10 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, or the one that the first argument names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "molecules"
-    if name in ("average", "sample", "blend", "representations", "fingerprints"):
+    if name in ("average", "sample", "blend", "representations", "fingerprints", "impute"):
         return int(import_module(f"fastnuggets.demo_{name}").main(arguments))
     if name != "molecules":
-        _parser().error(f"there is no demo {name!r}: molecules, average, sample, blend, representations, fingerprints")
+        _parser().error(
+            f"there is no demo {name!r}: molecules, average, sample, blend, representations, fingerprints, impute"
+        )
     args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Six demos; each writes a page that needs no network.
+Seven demos; each writes a page that needs no network.
 
   molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
              returns: OUT/report.html. This is what runs without a name.
@@ -143,6 +145,8 @@ Six demos; each writes a page that needs no network.
              OUT/representations.html. Its options: fastnuggets demo representations --help
   fingerprints  Two autoencoders of fingerprints, one regularized by a divergence and one by an adversary:
              OUT/fingerprints.html. Its options: fastnuggets demo fingerprints --help
+  impute     Gaps of three tables, filled by a network that draws what belongs in them and by scikit-learn:
+             OUT/impute.html. Its options: fastnuggets demo impute --help
 
 Options of molecules:"""
 
@@ -155,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         "       %(prog)s sample [--help]\n"
         "       %(prog)s blend [--help]\n"
         "       %(prog)s representations [--help]\n"
-        "       %(prog)s fingerprints [--help]",
+        "       %(prog)s fingerprints [--help]\n"
+        "       %(prog)s impute [--help]",
         description=_DESCRIPTION,
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -115,7 +115,8 @@ class VaeacSystem(System[Split]):
         )
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        self.optimizer = torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)
+        # Fused: the networks are many small matrices, and step by step they would take a quarter of the time.
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.settings.learning_rate, fused=True)
         return [self.optimizer]
 
     def steps(self, data: Split) -> int:
