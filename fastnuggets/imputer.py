@@ -22,7 +22,7 @@ _random = need("sklearn.utils", "demo").check_random_state
 _VALIDATIONS = 20
 
 
-class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.BaseEstimator):  # type: ignore[misc, name-defined]
+class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.BaseEstimator):  # type: ignore[name-defined]
     """Fills NaN with the means of what a network says of them given the rest of the row.
 
     Args:
@@ -94,7 +94,7 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
         least, most = np.nanmin(X, 0), np.nanmax(X, 0)
         self.columns_ = np.flatnonzero(least < most)
         self._constants = least
-        self._known = [self._column(X[:, j], j) for j in self.columns_]
+        self._known = [self._column(X[:, j], int(j)) for j in self.columns_]
         self.system_ = self._trained(X, settings) if len(self.columns_) else None
         return self
 

@@ -276,11 +276,11 @@ def _column(name: str, texts: Sequence[str], told: str | None, texted: bool) -> 
         return Column(name, _CATEGORICAL, distinct)
     if told is None and whole and len(values) > 2 and (np.diff(values) == 1).all():
         return "numbers of the rows"
-    decimals = None
+    decimals: int | None = None
     if not any(sign in text for text in texts for sign in "eE"):
-        decimals = max(len(text.partition(".")[2]) for text in texts)
-    mean, std, least, most = (float(of()) for of in (values.mean, values.std, values.min, values.max))
-    return Column(name, _NUMBER, (), mean, std, decimals, whole, least, most)
+        decimals = max(len(text.strip().partition(".")[2]) for text in texts)
+    mean, std, low, high = (float(of()) for of in (values.mean, values.std, values.min, values.max))
+    return Column(name, _NUMBER, (), mean, std, decimals, whole, low, high)
 
 
 def _numbers(texts: Sequence[str]) -> np.ndarray | None:

@@ -131,7 +131,7 @@ class VaeacSystem(System[Split]):
 
     def _mask(self, x: Tensor, rows: Tensor, draw: Draw, step: int) -> Tensor:
         kind = self.settings.masks
-        cells = masks.mcar(*x.shape, self.settings.hidden, draw.generator(step, 2))
+        cells = masks.mcar(len(x), x.shape[1], self.settings.hidden, draw.generator(step, 2))
         if kind == "mcar":
             return cells
         others = masks.pattern(rows.isnan(), len(x), draw.generator(step, 3))
@@ -152,7 +152,7 @@ class VaeacSystem(System[Split]):
         """Of known cells of rows [N, columns], hidden at random as in training: their bound in nats, the error of the
         mean of samples in deviations of the column (NRMSE), the share of categories that the most frequent sample
         misses (PFC), and of numbers that lie in the central interval of 90 %. The model is in evaluation mode."""
-        mask = masks.mcar(*x.shape, self.settings.hidden, Draw(seed).generator(0, 5)) & ~x.isnan()
+        mask = masks.mcar(len(x), x.shape[1], self.settings.hidden, Draw(seed).generator(0, 5)) & ~x.isnan()
         cells = max(1, int(mask.sum()))
         nats = 0.0
         for number, (rows, hidden) in enumerate(zip(x.split(_BLOCK), mask.split(_BLOCK), strict=True)):
