@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 _DESCRIPTION = """\
-Fast kernels for PyTorch: molecules as grids and back, averages of weights, and scenes pasted together.
+Fast kernels for PyTorch, and what stands on them: molecules as grids and back, averages of weights, scenes pasted
+together, published systems on your data.
 
 examples:
   fastnuggets info
@@ -40,6 +41,10 @@ examples:
   fastnuggets average a.safetensors b.safetensors -o soup.safetensors
   fastnuggets compose --objects objects --backgrounds rooms --out scenes --images 10000
   fastnuggets blend cat.jpg mask.png room.jpg -o out.png --mode poisson
+  fastnuggets train char-rnn --data molecules.smi --out runs/rnn
+  fastnuggets metrics new.smi --reference test.smi --train molecules.smi
+  fastnuggets screen actives.smi --database library.npz -o hits.csv
+  fastnuggets impute data.csv -o imputed.csv --samples 10
 """
 _EXIT_CODES = """\
 exit codes:
@@ -160,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, "print versions, how this copy was built, and the devices")
-    demos = "molecules, averages of weights, or sampling, in a report (demo --help)"
+    demos = "molecules, averages of weights, sampling and four more, each in a report (demo --help)"
     commands.add_parser("demo", help=demos, add_help=False)
     commands.add_parser("train", help="a published system, on your data (train --help)", add_help=False)
     train.add(command)

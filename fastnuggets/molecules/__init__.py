@@ -8,7 +8,9 @@ from fastnuggets.molecules.embedding import Conformer, conformers
 from fastnuggets.molecules.fingerprints import Fingerprints, fingerprints_of_file
 from fastnuggets.molecules.grids import GridInfo, Grids, GridWriter, open_grids
 from fastnuggets.molecules.readers import Record, count_records, read, read_smiles
+from fastnuggets.molecules.smiles import SmilesFile, smiles_of_file
 from fastnuggets.molecules.table import iter_table, load_table, save_table
+from fastnuggets.molecules.vocabulary import Strings, Vocabulary
 
 __all__ = [
     "BONDI_RADII",
@@ -20,6 +22,9 @@ __all__ = [
     "Grids",
     "Molecules",
     "Record",
+    "SmilesFile",
+    "Strings",
+    "Vocabulary",
     "atomic_numbers",
     "bondi_radii",
     "conformers",
@@ -31,4 +36,5 @@ __all__ = [
     "read",
     "read_smiles",
     "save_table",
+    "smiles_of_file",
 ]

@@ -28,7 +28,7 @@ class SmilesFile(NamedTuple):
     reason: str  # why the first broken record is
 
 
-def read_smiles(
+def smiles_of_file(
     path: str | os.PathLike[str],
     *,
     canonical: bool = True,
@@ -56,7 +56,7 @@ def read_smiles(
             good = [text for text in found if text and (longest is None or len(text) <= longest)]
             bad = [i for i, text in enumerate(found) if not text]
             if bad and not broken:
-                reason = given[bad[0]].error or readers.why_not(given[bad[0]].smiles)
+                reason = _reason(given[bad[0]])
             broken += len(bad)
             too_long += len(found) - len(bad) - len(good)
             parts.append(_with_digests(good))
@@ -71,6 +71,12 @@ def digests(texts: Iterable[str]) -> np.ndarray:
     """[B] uint64: 64 bits of a hash of each text. Of ten million texts two share one once in 400,000 times."""
     found = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(found), np.uint64)
+
+
+def _reason(text: readers.Text) -> str:
+    if not text.smiles.isascii():
+        return f"{text.smiles!r} has characters that are not of SMILES"
+    return text.error or readers.why_not(text.smiles)
 
 
 def _with_digests(texts: list[str]) -> tuple[Strings, np.ndarray]:

@@ -84,7 +84,7 @@ class ConditionalAAESystem(System[Split]):
     discriminator, encoder, the property, autoencoder.
     """
 
-    summary = "fingerprints with a property that is asked for (Cornucopia's conditional AAE)"
+    summary = "Fingerprints with a property that is asked for (Cornucopia's conditional AAE)"
     paper = "Kadurin et al., The cornucopia of meaningful leads, Oncotarget 8:10883, 2017"
     takes = TAKES
     made = "fingerprints, one string of 0 and 1 a line"

@@ -177,7 +177,7 @@ class FingerprintSystem(System[Split]):
 
 
 class FingerprintVAESystem(FingerprintSystem):
-    summary = "fingerprints, with the divergence from a normal prior (druGAN's VAE)"
+    summary = "Fingerprints, with the divergence from a normal prior (druGAN's VAE)"
     network = FingerprintVAE
 
     model: FingerprintVAE
@@ -212,7 +212,7 @@ class FingerprintVAESystem(FingerprintSystem):
 class FingerprintAAESystem(FingerprintSystem):
     """Three updates take turns, each on a batch of its own: discriminator, encoder against it, autoencoder."""
 
-    summary = "fingerprints, with an adversary that knows the prior (druGAN's AAE)"
+    summary = "Fingerprints, with an adversary that knows the prior (druGAN's AAE)"
     Settings: ClassVar[type[Settings]] = AAESettings
     network = FingerprintAAE
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastnuggets import ops
 from fastnuggets.models.char_rnn import BEGIN, END, IGNORED
 from fastnuggets.molecules.files import need
-from fastnuggets.molecules.smiles import digests, read_smiles
+from fastnuggets.molecules.smiles import digests, smiles_of_file
 from fastnuggets.molecules.vocabulary import Strings, Vocabulary
 from fastnuggets.systems.base import Draw, Section, Settings, System, option
 
@@ -101,7 +101,7 @@ class SmilesSystem(System[SmilesData]):
     def read(
         cls, path: Path, settings: SmilesSettings, *, seed: int, progress: bool = True
     ) -> tuple[dict[str, Any], SmilesData]:
-        found = read_smiles(path, canonical=settings.canonical, longest=settings.max_length, progress=progress)
+        found = smiles_of_file(path, canonical=settings.canonical, longest=settings.max_length, progress=progress)
         count = len(found.strings)
         if count < 2:
             why = f"{found.broken} cannot be read" + (f" ({found.reason})" if found.reason else "")
@@ -203,7 +203,7 @@ class SmilesSystem(System[SmilesData]):
 
     def other(self, path: Path) -> tuple[Strings, dict[str, float]]:
         """Tokens of another file's molecules, and how many could not be used. ValueError if none could."""
-        found = read_smiles(path, canonical=self.settings.canonical, longest=self.settings.max_length, progress=True)
+        found = smiles_of_file(path, canonical=self.settings.canonical, longest=self.settings.max_length, progress=True)
         known = self.vocabulary.knows(found.strings)
         figures = {
             "molecules": float(known.sum()),

@@ -71,7 +71,7 @@ class SmilesVAESettings(SmilesSettings):
 class SmilesVAESystem(SmilesAutoencoderSystem):
     """The loss is in nats for a character, the KL divergence, whole, in nats for a molecule, as MOSES weighs them."""
 
-    summary = "variational autoencoder of SMILES: GRU to GRU"
+    summary = "Variational autoencoder of SMILES: GRU to GRU"
     paper = f"Gómez-Bombarelli et al., doi:10.1021/acscentsci.7b00572; {_PAPER}"
     Settings = SmilesVAESettings
     settings: SmilesVAESettings
@@ -171,7 +171,7 @@ class SmilesAAESystem(SmilesAutoencoderSystem):
     What MOSES' own training does otherwise: a fault makes it move the embedding twice a turn.
     """
 
-    summary = "adversarial autoencoder of SMILES: LSTM to LSTM"
+    summary = "Adversarial autoencoder of SMILES: LSTM to LSTM"
     paper = f"Polykovskiy et al., doi:10.1021/acs.molpharmaceut.8b00839; {_PAPER}"
     Settings = SmilesAAESettings
     settings: SmilesAAESettings
@@ -229,7 +229,8 @@ class SmilesAAESystem(SmilesAutoencoderSystem):
     def validate(self, data: SmilesData) -> dict[str, float]:
         character, deceived = self._measured(data.held, HELD)
         shares = {"reconstructed": self.reconstructed(data.held.take(np.arange(min(SAMPLE, len(data.held)))))}
-        return {"loss": character + deceived, "per_character": character, **shares, **self.sampled(data)}
+        # Not their sum: the adversary's part rises as long as it learns, and would call the first weights the best.
+        return {"per_character": character, "deceived": deceived, **shares, **self.sampled(data)}
 
     def evaluate(self, path: Path, *, seed: int = 0) -> dict[str, float]:
         """The nats are those of a SMILES given its code."""
