@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ POOL = 16  # batches whose molecules are sorted by length together
 SAMPLE = 256  # molecules that a validation draws, and that it puts through an autoencoder
 HELD = 10_000  # held-out molecules that a validation looks at, at most
 _WRITTEN = 512  # molecules that are written at a time
-_NO_CLIP = math.inf
 
 
 @dataclasses.dataclass(frozen=True)

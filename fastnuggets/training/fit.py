@@ -35,6 +35,7 @@ class Checkpoint(NamedTuple):
     averager: dict[str, Tensor] | None = None  # state of the averages, if there are any
     validations: tuple[dict[str, float], ...] = ()  # with the step of each
     scaler: dict[str, Any] | None = None  # of float16
+    device_rng: Tensor | None = None  # [processes, ...] of the devices, if these are CUDA
 
 
 class Update(NamedTuple):
@@ -108,7 +109,7 @@ def fit(
 
     Args:
         loss: the loss of a step, from the model and from data that depend on the number of the step alone (or on
-            torch's default CPU generator). Then an interrupted and resumed training gives the same bits as one that
+            torch's default generators). Then an interrupted and resumed training gives the same bits as one that
             ran through, on the same machine with as many threads. Adversaries: a generator of `Update`, each made
             after the one before it was minimised.
         optimizer: one, or all that the updates name.
@@ -217,6 +218,8 @@ class _Training:
             if found.scaler:
                 self.scaler.load_state_dict(found.scaler)
             torch.set_rng_state(found.rng[processes.rank()])
+            if found.device_rng is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(found.device_rng[processes.rank()], self.device)
             self.step, self.seconds, self.losses = found.step, found.seconds, found.losses
             self.validations = list(found.validations)
         processes.share([*self.model.parameters(), *self.model.buffers()])
@@ -241,6 +244,7 @@ class _Training:
             None if self.averager is None else self.averager.state_dict(),
             tuple(self.validations),
             self.scaler.state_dict() or None,
+            processes.gathered(torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else None,
         )
 
     def take(self, loss: Callable[[int], Tensor | Iterator[Update]]) -> dict[str, float]:
@@ -295,7 +299,8 @@ class _Training:
         averages = self.averager is not None and self.averager.count > 0
         lent = self.averager.swapped() if averages else contextlib.nullcontext()
         # Whatever is drawn here, training goes on as if it had not been.
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), lent:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), lent:
             measured = processes.of_the_first(self.validation.measure)
             self.validations.append(measured)
             if self._stale() == 0 and processes.rank() == 0:
