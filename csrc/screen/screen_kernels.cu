@@ -128,10 +128,11 @@ __global__ void __launch_bounds__(kThreads)
   best.sort();
   const Word* const query = static_cast<const Word*>(how.queries) + q * how.W;
   for (Index r = threadIdx.x; r < how.k; r += kThreads) {
-    const Index row = keys[r] == 0 ? -1 : row_of(keys[r]);
+    const bool none = keys[r] == 0;
+    const Index row = none ? 0 : row_of(keys[r]);
+    how.index[q * how.k + r] = none ? -1 : row;
     const Word* const near = static_cast<const Word*>(how.database) + row * how.W;
-    how.index[q * how.k + r] = row;
-    how.similarity[q * how.k + r] = row < 0 ? 0.0 : similarity(overlap(near, query, how.W));
+    how.similarity[q * how.k + r] = none ? 0.0 : similarity(overlap(near, query, how.W));
   }
 }
 
