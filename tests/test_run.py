@@ -75,8 +75,8 @@ class TinySystem(System):
 
 
 @pytest.fixture
-def numbers(tmp_path, monkeypatch):
-    torch.set_num_threads(1)  # steps of microseconds: threads that wait for each other take longer than the sums
+def numbers(tmp_path, monkeypatch, threads):
+    threads(1)  # steps of microseconds: threads that wait for each other take longer than the sums
     monkeypatch.setattr(run, "find", lambda name: TinySystem)
     path = tmp_path / "numbers.txt"
     path.write_text(" ".join(str(value) for value in torch.linspace(-1, 1, 60).tolist()))
@@ -321,7 +321,6 @@ def test_kill_leaves_a_run_to_go_on_with(numbers, tmp_path, request, monkeypatch
     assert 0 < step < 16000
     monkeypatch.setattr(SteadySystem, "steps", lambda self, data: step + 5)
     monkeypatch.setattr(run, "find", lambda name: SteadySystem)
-    torch.set_num_threads(1)
     for name in ("killed", "whole"):
         run.train("tiny", numbers, tmp_path / name, settings, run.How(validations=3), progress=False)
     ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole"))
