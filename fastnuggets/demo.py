@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", type=Path, metavar="FILE", help=".sdf .smi .csv .parquet (default: NCI, from RDKit)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write (default out)")
-    parser.add_argument("--quick", action="store_true", help="fewer molecules and steps: under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer molecules and steps: about a minute")
     parser.add_argument("--seed", type=int, default=0, help="of conformers, split, poses and weights (default 0)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
