@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, "print versions, how this copy was built, and the devices")
-    demos = "molecules, averages of weights, sampling and four more, each in a report (demo --help)"
+    demos = "molecules, averages of weights, sampling and others, each in a report (demo --help)"
     commands.add_parser("demo", help=demos, add_help=False)
     commands.add_parser("train", help="a published system, on your data (train --help)", add_help=False)
     train.add(command)

@@ -106,12 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, or the one that the first argument names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "molecules"
-    if name in ("average", "sample", "blend", "representations", "fingerprints", "impute"):
+    if name in OTHERS:
         return int(import_module(f"fastnuggets.demo_{name}").main(arguments))
     if name != "molecules":
-        _parser().error(
-            f"there is no demo {name!r}: molecules, average, sample, blend, representations, fingerprints, impute"
-        )
+        _parser().error(f"there is no demo {name!r}: {', '.join(['molecules', *OTHERS])}")
     args = _parser().parse_args(arguments)
     # Before minutes are spent: the last of these is needed only for the page.
     missing = [name for name in ("rdkit", "pyarrow", "tqdm", "matplotlib", "skimage") if find_spec(name) is None]
@@ -130,23 +128,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_DESCRIPTION = """\
-Seven demos; each writes a page that needs no network.
+# The other demos, each in a module of its own, demo_NAME, which writes OUT/NAME.html.
+OTHERS = {
+    "average": "averages of weights and ensembles side by side, on handwritten digits",
+    "sample": "a layer that is nothing but noise, networks that say how sure they are, and noise that repeats",
+    "blend": "one object under every blend with its errors, and detectors that learn from composed scenes",
+    "representations": "two networks learn from one-hot voxels, Gaussians and waves, and what each makes of them",
+    "fingerprints": "two autoencoders of fingerprints, one regularized by a divergence and one by an adversary",
+    "impute": "gaps of three tables, filled by a network that draws what belongs in them and by scikit-learn",
+}
 
-  molecules  Molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
-             returns: OUT/report.html. This is what runs without a name.
-  average    Averages of weights and ensembles side by side, on handwritten digits: OUT/average.html.
-             Its options: fastnuggets demo average --help
-  sample     A layer that is nothing but noise, networks that say how sure they are, and noise that repeats:
-             OUT/sample.html. Its options: fastnuggets demo sample --help
-  blend      One object under every blend with its errors, and detectors that learn from composed scenes:
-             OUT/blend.html. Its options: fastnuggets demo blend --help
-  representations  The same networks learn from one-hot voxels, Gaussians and waves, and what comes out is compared:
-             OUT/representations.html. Its options: fastnuggets demo representations --help
-  fingerprints  Two autoencoders of fingerprints, one regularized by a divergence and one by an adversary:
-             OUT/fingerprints.html. Its options: fastnuggets demo fingerprints --help
-  impute     Gaps of three tables, filled by a network that draws what belongs in them and by scikit-learn:
-             OUT/impute.html. Its options: fastnuggets demo impute --help
+_DESCRIPTION = """\
+Each demo writes a page that needs no network.
+
+  molecules        molecules become wave grids, an autoencoder learns them, and the atoms are found again in what it
+                   returns: OUT/report.html. This is what runs without a name; its options are below.
+{others}
+
+Each of these has options of its own (fastnuggets demo NAME --help) and writes OUT/NAME.html.
 
 Options of molecules:"""
 
@@ -155,13 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastnuggets demo",
         usage="%(prog)s [molecules] [--input FILE] [--out DIR] [--quick] [--seed SEED] [--resume | --fresh]\n"
-        "       %(prog)s average [--help]\n"
-        "       %(prog)s sample [--help]\n"
-        "       %(prog)s blend [--help]\n"
-        "       %(prog)s representations [--help]\n"
-        "       %(prog)s fingerprints [--help]\n"
-        "       %(prog)s impute [--help]",
-        description=_DESCRIPTION,
+        f"       %(prog)s {{{','.join(OTHERS)}}} [--help]",
+        description=_DESCRIPTION.format(others="\n".join(f"  {name:<15}  {told}" for name, told in OTHERS.items())),
         epilog="Ctrl-C keeps a checkpoint; the same command goes on from it. A finished training is not repeated.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
