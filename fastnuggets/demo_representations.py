@@ -21,12 +21,11 @@ from fastnuggets.systems.base import Draw, System
 from fastnuggets.systems.maccs_predictor import KeyedData, MaccsPredictorSettings, MaccsPredictorSystem, keyed
 from fastnuggets.systems.molecule_grids import MARGIN, Drawing, GridSettings, apart, facts_of, turned
 from fastnuggets.systems.ranking import rank
-from fastnuggets.systems.wave_autoencoder import WaveAutoencoderSettings, WaveAutoencoderSystem
+from fastnuggets.systems.wave_autoencoder import CHOSEN, WaveAutoencoderSettings, WaveAutoencoderSystem
 
 ELEMENTS = "C,N,O,S,F+Cl+Br+I"  # the halogens are too few here for a channel each
 SPACING = 0.5  # angstrom
 LEVELS = (0.1, 0.2, 0.4)  # of noise, of an atom's peak
-CAUTIONS = (0.5, 1.0, 2.0)
 PICTURED = 3
 
 
@@ -40,20 +39,22 @@ class Representation(NamedTuple):
 
 
 ONE_HOT = Representation("one-hot", "nearest")
-WAVE = Representation("wave", "wave", 1.0, 0.5)
-LEARNED = (
-    ONE_HOT,
+GAUSSIANS = (
     Representation("Gaussian, narrow", "gaussian", 0.5),
     Representation("Gaussian, wide", "gaussian", 1.0),
-    WAVE,
 )
+WAVES = (
+    Representation("wave, narrow", "wave", 0.75, 0.5),
+    Representation("wave, wide", "wave", 1.0, 0.5),
+)
+LEARNED = (ONE_HOT, *GAUSSIANS, *WAVES)
 NOISY = (
-    *LEARNED[:2],
+    ONE_HOT,
+    GAUSSIANS[0],
     Representation("Gaussian 0.75", "gaussian", 0.75),
-    LEARNED[2],
+    GAUSSIANS[1],
     Representation("Gaussian 1.5", "gaussian", 1.5),
-    Representation("wave 0.75, 0.5", "wave", 0.75, 0.5),
-    WAVE,
+    *WAVES,
     Representation("wave 1, 0.6", "wave", 1.0, 0.6),
     Representation("wave 1.5, 0.667", "wave", 1.5, 0.667),
 )
@@ -67,7 +68,7 @@ class Plan(NamedTuple):
     key_steps: int  # of a predictor of keys
     records: int | None = None  # read from the file; None: all
     tested: int = 200  # molecules kept from the training
-    chosen: int = 64  # molecules of the training on which `caution` is chosen
+    chosen: int = CHOSEN  # molecules of the training on which the caution is chosen
     noisy: int = 64  # molecules whose grids are made noisy
     shape: int = 24  # of the grids that are learned
     noisy_shape: int = 32
@@ -103,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         run,
         (STANDARD, QUICK),
-        description="The molecules of the NCI that RDKit ships become grids of one-hot voxels, of narrow and of wide "
-        "Gaussians, and of waves. One autoencoder and one predictor of MACCS keys learn from each, with the same "
+        description="The molecules of the NCI that RDKit ships become grids of one-hot voxels, and of narrow and "
+        "wide Gaussians and waves. One autoencoder and one predictor of MACCS keys learn from each, with the same "
         "settings and steps; atoms are looked for in what the autoencoders return, and in grids with noise. Writes "
         "OUT/representations.html, a page that needs no network, and its figures in OUT/representations.json.",
         repeated="splits, poses and weights to repeat the learning with",
@@ -198,8 +199,7 @@ def noisy(molecules: Molecules, plan: Plan, one: Representation) -> dict[str, An
     found = {}
     for level in LEVELS:
         dirty = grid + level * torch.randn(grid.shape, generator=generator)
-        error = torch.full((len(drawing.names),), 0.0 if one.density == "nearest" else level)
-        atoms = drawing.find(dirty, error)
+        atoms = drawing.find(dirty, torch.full((len(drawing.names),), level))
         score = compare(atoms, truth, len(drawing.names))[-1]
         whole = recovered(atoms, truth).double().mean().item()
         found[f"{level:g}"] = [whole, score.precision, score.recall, score.rmse]
@@ -238,17 +238,14 @@ def learn_atoms(
         torch.manual_seed(seed)
         system = WaveAutoencoderSystem(chosen, facts_of(source, data, Drawing(chosen), seed))
         losses = learn(system, data, plan.steps, seed, tick)
-    # How sure the network must be of an atom is chosen for each representation alike, on molecules it has learned.
-    known = turned(data.train[: plan.chosen], seed + 1, SPACING / 2)
-    f1 = {caution: system.counted(known, caution).scores[-1].f1 for caution in CAUTIONS}
-    caution = max(CAUTIONS, key=lambda value: f1[value])
+    system.choose_caution(data.train[: plan.chosen])
     test = turned(data.test, seed, SPACING / 2)
-    counted = system.counted(test, caution)
+    counted = system.counted(test)
     return {
         "losses": losses,
-        "caution": caution,
+        "caution": system.model.caution.item(),
+        "gain": system.model.gain.tolist(),
         "error": system.model.error.tolist(),
-        "f1 of known": list(f1.values()),
         "scores": [list(score) for score in counted.scores],
         "recovered": counted.recovered.double().mean().item(),
         "parameters": sum(weight.numel() for weight in system.model.parameters()),

@@ -14,14 +14,13 @@ import torch
 
 from fastnuggets import __version__
 from fastnuggets.demo_representations import (
-    CAUTIONS,
     ELEMENTS,
     LEARNED,
     LEVELS,
     NOISY,
     ONE_HOT,
     SPACING,
-    WAVE,
+    WAVES,
     Representation,
     Result,
 )
@@ -30,6 +29,7 @@ from fastnuggets.molecules.files import atomic_write
 from fastnuggets.molecules.matching import GATE, Score
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.systems.molecule_grids import MARGIN
+from fastnuggets.systems.wave_autoencoder import CAUTIONS
 
 TITLE = "Molecules as voxels, as Gaussians, as waves"
 NAMES = [name.replace("F+Cl+Br+I", "halogen") for name in ELEMENTS.split(",")]
@@ -39,8 +39,8 @@ COLORS = {
     "Gaussian 0.75": "#e07a3f",
     "Gaussian, wide": "#d6336c",
     "Gaussian 1.5": "#8a2c4a",
-    "wave 0.75, 0.5": "#1d7f8c",
-    "wave": "#2f6fed",
+    "wave, narrow": "#1d7f8c",
+    "wave, wide": "#2f6fed",
     "wave 1, 0.6": "#2ba35a",
     "wave 1.5, 0.667": "#8a5cd6",
 }
@@ -48,14 +48,14 @@ COLORS = {
 PAGE = (
     HEAD
     + """\
-<p class="lead">The same $learned molecules are drawn in four ways. One autoencoder and one predictor of MACCS keys
+<p class="lead">The same $learned molecules are drawn in five ways. One autoencoder and one predictor of MACCS keys
 learn from each drawing, of the same size, with the same steps and settings; then the atoms are looked for in what the
 autoencoders return for $tested molecules that they have never seen. What is better, and for what?</p>
 
 <div class="tiles">$tiles</div>
 
 <section>
-<h2>One molecule, four drawings</h2>
+<h2>One molecule, five drawings</h2>
 $slices
 <p class="note">The middle plane of a test molecule with all channels added, and below it what the autoencoder returns
 (first seed). Purple is negative.</p>
@@ -70,7 +70,8 @@ $elements_table
 <p class="note">Right: of the right element and within $gate Å, each atom once. Whole: every atom right and nothing
 else. Position error: root mean square of the atoms that are right. $spread. How sure one must be of an atom is chosen
 for each representation alike, among $cautions, on $chosen molecules of the training: of waves and Gaussians the noise
-that the search reckons with, of one-hot voxels the threshold.</p>
+that the search reckons with, of one-hot voxels the threshold. A network gives back less than a whole atom where it is
+unsure; each channel is divided by what the training found it to give back: $gains.</p>
 </section>
 
 <section>
@@ -88,7 +89,7 @@ voxel, and the atoms are looked for.</p>
 <div class="two"><div>$noise_chart</div><div>$noise_table</div></div>
 <p>$noise_text</p>
 <p class="note">Molecules found whole, %, and position error of the atoms found, Å. A Gaussian is named by its σ in Å, a
-wave by its σ and its ω in 1/Å; narrow is 0.5, wide is 1, the wave without numbers is 1, 0.5.</p>
+wave by its σ and its ω in 1/Å; narrow Gaussians have 0.5, wide ones 1, narrow waves 0.75, 0.5, wide ones 1, 0.5.</p>
 </section>
 
 <section>
@@ -144,7 +145,7 @@ MACRO = KEYS[0]
 
 def write(result: Result, out: Path) -> Path:
     """Writes representations.html, its figures as .json, and three pictures as .png; returns the page's path."""
-    plan, first = result.plan, result.keys[WAVE.name][0]
+    plan, first = result.plan, result.keys[ONE_HOT.name][0]
     pictures = {
         "drawings": _slices(result),
         "atoms": png(_elements(result), 110, transparent=False, facecolor="white", bbox_inches="tight"),
@@ -166,6 +167,7 @@ def write(result: Result, out: Path) -> Path:
         "noise_chart": svg(_noise(result), "Molecules found whole against noise, for each kernel"),
         "noise_table": _noise_table(result),
         "noise_text": _noise_text(result),
+        "gains": _gains(result),
         "gate": f"{GATE:g}",
         "cautions": ", ".join(f"{value:g}" for value in CAUTIONS),
         "spread": f"Mean and range of {plan.seeds} seeds" if plan.seeds > 1 else "One seed",
@@ -178,7 +180,7 @@ def write(result: Result, out: Path) -> Path:
         "mean_atoms": f"{result.data['atoms']:.1f}",
         "spacing": f"{SPACING:g}",
         "channels": ", ".join(NAMES),
-        "parameters": f"{result.atoms[WAVE.name][0]['parameters']:,}",
+        "parameters": f"{result.atoms[ONE_HOT.name][0]['parameters']:,}",
         "key_parameters": f"{first['parameters']:,}",
         "steps": f"{plan.steps:,}",
         "key_steps": f"{plan.key_steps:,}",
@@ -241,14 +243,16 @@ def _spread(values: np.ndarray, digits: int) -> str:
 
 
 def _said(found: dict[str, list[dict[str, Any]]], metric: Metric) -> str:
-    """How the wave does against each of the others, seed by seed."""
+    """How each wave does against each of the others, seed by seed."""
+    return " ".join(f"{metric.name}: {wave.name}, is {_against(found, wave, metric)}." for wave in WAVES)
+
+
+def _against(found: dict[str, list[dict[str, Any]]], wave: Representation, metric: Metric) -> str:
     parts = []
-    for one in LEARNED:
-        if one is WAVE:
-            continue
-        gain = metric.sign * (_values(found, WAVE, metric) - _values(found, one, metric))
+    for one in (other for other in LEARNED if other not in WAVES):
+        gain = metric.sign * (_values(found, wave, metric) - _values(found, one, metric))
         if np.isnan(gain).any():
-            verdict = "cannot be compared with"
+            verdict = "not to be compared with"
         elif (gain > 0).all():
             verdict = "ahead of"
         elif (gain < 0).all():
@@ -256,16 +260,24 @@ def _said(found: dict[str, list[dict[str, Any]]], metric: Metric) -> str:
         else:
             verdict = "ahead with some seeds and behind with others of"
         parts.append(f"{verdict} {one.name} ({metric.sign * gain.mean():+.{metric.digits}f})")
-    return f"{metric.name}: the wave is {', '.join(parts)}."
+    return ", ".join(parts)
+
+
+def _gains(result: Result) -> str:
+    parts = []
+    for one in LEARNED:
+        gains = [gain for seed in result.atoms[one.name] for gain in seed["gain"]]
+        parts.append(f"{one.name} {min(gains):.2f} to {max(gains):.2f}")
+    return "; ".join(parts)
 
 
 def _tiles(result: Result) -> str:
     whole, error, auc = (
-        " · ".join(f"{_values(found, one, metric).mean():.{digits}f}" for one in (ONE_HOT, *LEARNED[1:]))
+        " · ".join(f"{_values(found, one, metric).mean():.{digits}f}" for one in LEARNED)
         for found, metric, digits in ((result.atoms, WHOLE, 0), (result.atoms, ERROR, 2), (result.keys, MACRO, 2))
     )
     twenty = " · ".join(f"{100 * result.noise[one.name]['noise']['0.2'][0]:.0f}" for one in LEARNED)
-    order = "one-hot · narrow · wide · wave"
+    order = "one-hot · Gaussian narrow · wide · wave narrow · wide"
     tiles = (
         (whole, f"% of the test molecules come back whole from the autoencoder: {order}"),
         (error, f"Å, the position error of the atoms that come back: {order}"),
@@ -300,7 +312,7 @@ def _table(found: dict[str, list[dict[str, Any]]], metrics: tuple[Metric, ...], 
 
 def _without(result: Result) -> list[str]:
     """Of ranking by how common each key is in the training set, the same for all molecules."""
-    seeds = np.array([one["without looking"] for one in result.keys[WAVE.name]])
+    seeds = np.array([one["without looking"] for one in result.keys[ONE_HOT.name]])
     return [_spread(seeds[:, place], 3) for place in (1, 0, 3, 2)]
 
 
@@ -314,7 +326,7 @@ def _elements_table(result: Result) -> str:
             text = f"{100 * total.precision:.0f} / {100 * total.recall:.0f} / {total.rmse:.2f}".replace("nan", "–")
             cells.append(text)
         rows.append([one.name, *cells])
-    first = [sum(_score(seed, channel).true for seed in result.atoms[WAVE.name]) for channel in range(len(NAMES))]
+    first = [sum(_score(seed, channel).true for seed in result.atoms[ONE_HOT.name]) for channel in range(len(NAMES))]
     heads = [f"{name} ({count:,})" for name, count in zip(NAMES, first, strict=True)]
     return table(["precision / recall / error", *heads], rows)
 
@@ -355,13 +367,13 @@ def _elements(result: Result) -> Any:
         each = np.array(
             [[100 * _score(seed, c).f1 for c in [*range(len(NAMES)), -1]] for seed in result.atoms[one.name]]
         )
-        x = places + 0.2 * (k - 1.5)
-        axis.bar(x, each.mean(0), 0.18, color=COLORS[one.name], label=one.name)
+        x = places + 0.16 * (k - (len(LEARNED) - 1) / 2)
+        axis.bar(x, each.mean(0), 0.15, color=COLORS[one.name], label=one.name)
         if len(each) > 1:
             axis.plot(np.repeat(x[None], len(each), 0), each, ".", color=INK, ms=3)
     axis.set_xticks(places, [*NAMES, "all"])
     axis.set_ylabel("F1 of the atoms found, %", color=INK)
-    axis.legend(frameon=False, labelcolor=INK, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    axis.legend(frameon=False, labelcolor=INK, ncols=5, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     return figure
 
 

@@ -79,7 +79,7 @@ class Copy(torch.nn.Module):
 
 def perfect(system):
     system.model.network = Copy(system.model.network)
-    system.model.error.fill_(1e-3)
+    system.model.moments[0] = 1 + 1e-6  # an error of 1e-3
     return system
 
 
@@ -271,16 +271,49 @@ def test_a_short_training_lowers_the_loss(table, make, density):
     assert not system.model.training
 
 
-def test_the_error_is_that_of_the_voxels_with_atoms(table):
+def test_gain_and_error_are_those_of_the_voxels_with_atoms(table):
     system, _ = autoencoder(table)
-    grid = torch.zeros(2, 5, 8, 8, 8)
-    grid[0, 0, 1, 1, 1], grid[1, 0, 2, 2, 2], grid[0, 1, 3, 3, 3] = 1.0, -0.5, 1.0
-    output = grid.clone()
-    output[0, 0, 1, 1, 1], output[1, 0, 2, 2, 2], output[:, 0, 5:] = 0.7, -0.1, 9.0
-    system.model.track(output, grid, 0)
-    torch.testing.assert_close(system.model.error, torch.tensor([0.125**0.5, 0.0, 1.0, 1.0, 1.0]))
-    system.model.track(grid, grid, 100)
-    torch.testing.assert_close(system.model.error[0], torch.tensor((0.98 * 0.125) ** 0.5))
+    model = system.model
+    assert model.gain.tolist() == [1.0] * 5 and model.error.tolist() == [1.0] * 5
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.randn(2, 5, 8, 8, 8, generator=generator)
+    grid[:, 3:, 4:] = 0.0
+    grid[:, 4] = 0.0
+    output = 0.4 * grid + 0.1 * torch.randn(grid.shape, generator=generator)
+    output[grid == 0] = 9.0  # where nothing is, nothing is looked at
+    model.track(output, grid, 0)
+    for channel in range(4):
+        seen = grid[:, channel].abs() > 0.05
+        x, y = grid[:, channel][seen].double(), output[:, channel][seen].double()
+        slope = np.linalg.lstsq(x[:, None].numpy(), y.numpy(), rcond=None)[0][0]
+        assert model.gain[channel].item() == pytest.approx(slope, rel=1e-5)
+        assert model.error[channel].item() == pytest.approx((y / slope - x).square().mean().sqrt().item(), rel=1e-4)
+    assert model.gain[4] == 1 and model.error[4] == 1
+    once = model.moments.clone()
+    model.track(grid, grid, 100)
+    expected = grid[:, 0][grid[:, 0].abs() > 0.05].square().mean()
+    torch.testing.assert_close(model.moments[:, 0], 0.98 * once[:, 0] + 0.02 * expected)
+
+
+def test_atoms_of_a_network_that_shrinks_them_come_back(table):
+    """A third of an atom is less than `find_atoms` takes for one."""
+    system, data = autoencoder(table)
+    perfect(system).model.network.weight.data.fill_(1.0)
+    system.model.network.forward = lambda grid: grid / 3
+    assert not system.counted(data.test).recovered.any()
+    system.model.moments[0], system.model.moments[1] = (1 + 1e-6) / 9, 1 / 3
+    assert system.counted(data.test).recovered.all()
+
+
+def test_caution_is_chosen_by_what_is_right(table, monkeypatch):
+    system, data = autoencoder(table)
+    perfect(system)
+    generator = torch.Generator().manual_seed(0)
+    system.model.network.forward = lambda grid: grid + 0.1 * torch.randn(grid.shape, generator=generator)
+    monkeypatch.setattr("fastnuggets.systems.wave_autoencoder.CAUTIONS", (1e4, 100.0))
+    system.choose_caution(data.train)
+    assert system.model.caution == 100.0
+    assert not system.counted(data.test, 1e4).found.positions.numel()
 
 
 def test_molecules_come_back_as_sdf(table):
@@ -335,7 +368,7 @@ def test_runs_of_both_from_the_command_line(table, tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path / "wave-autoencoder"), "-n", "3", "-o", str(sdf)]) == 0
     assert sdf.read_text().count("$$$$") == 3
     system = run.load(tmp_path / "wave-autoencoder")
-    assert (system.model.error[:3] < 0.5).all()  # 1 in the beginning: it is kept with the weights
+    assert (system.model.gain[:3] != 1).all()  # as it is in the beginning: it is kept with the weights
 
 
 # --- the study ---
@@ -351,6 +384,7 @@ def test_the_study_goes_on_from_what_is_done(tmp_path, monkeypatch, capsys):
     for module in (demo_representations, report_representations):
         monkeypatch.setattr(module, "LEARNED", (one_hot, wave))
         monkeypatch.setattr(module, "NOISY", (one_hot, wave))
+    monkeypatch.setattr(report_representations, "WAVES", (wave,))
     calls, compute = [], demo_representations.learn_keys
 
     def interrupted(*arguments):
@@ -371,7 +405,7 @@ def test_the_study_goes_on_from_what_is_done(tmp_path, monkeypatch, capsys):
     assert page.count("<svg") == 2 and page.count("<img") == 1
     assert "http" not in page.replace("http://www.w3.org/", "")
     figures = json.loads((tmp_path / "representations.json").read_text())
-    assert figures["atoms"]["wave"][1]["scores"] == result.atoms["wave"][1]["scores"]
+    assert figures["atoms"][wave.name][1]["scores"] == result.atoms[wave.name][1]["scores"]
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"representations-{name}.png" for name in ("drawings", "atoms", "noise")
     }

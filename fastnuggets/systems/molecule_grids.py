@@ -173,14 +173,13 @@ class Drawing:
         """The atoms that grids show, on the CPU.
 
         Args:
-            error: [C] what each channel is wrong by where there are atoms, of an atom's peak. Of waves and Gaussians it
-                is the noise that `find_atoms` is told; of a one-hot grid, what its highest voxels are lower by than 1.
-            caution: multiplies that noise, or the half of that height, which a voxel must exceed.
+            error: [C] what each channel is wrong by where there are atoms, of an atom's peak: the noise that
+                `find_atoms` is told of waves and Gaussians.
+            caution: multiplies that noise, or of a one-hot grid the half that a voxel must exceed.
         """
         spacing = self.settings.spacing
         if self.settings.kernel is None:
-            height = caution * (1 - error).clamp(min=0.05).view(-1, 1, 1, 1)
-            return _on_cpu(voxel_atoms(grid / height, spacing))
+            return _on_cpu(voxel_atoms(grid, spacing, 0.5 * caution))
         sigma, omega = self.settings.kernel
         noise = caution * error
         while True:
