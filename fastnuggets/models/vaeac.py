@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """The parts of the bound on ln p(x_b | x_{1-b}, b), nats of each row [B]."""
+    """The parts of the bound on ln p(x_b | x_{1-b}, b), nats of each row or image [B]."""
 
     likelihood: Tensor  # ln p(x_b | z, x_{1-b}, b) of one z from the proposal
     kl: Tensor  # KL(q(z | x, b) || p(z | x_{1-b}, b))
@@ -46,7 +46,77 @@ class Bound(NamedTuple):
         return self.kl - self.likelihood - self.hyperprior
 
 
-class VAEAC(nn.Module):
+class Conditional(nn.Module):
+    """What the networks of rows and of images share: bounds on ln p(x_b | x_{1-b}, b), and draws of x_b.
+
+    A subclass tells, of what it has `_seen`, the `_prior` with what of its network the generative one uses, the
+    `_proposal`, the `_outcome` of a z, its `_likelihood` [B], and what is `_drawn` of it.
+    """
+
+    def bound(self, x: Tensor, mask: Tensor, *, key: Key = None) -> Bound:
+        """The evidence lower bound, its expectation estimated by one z."""
+        seen = self._seen(x, mask)
+        prior, memory = self._prior(seen)
+        proposal = self._proposal(seen)
+        z, kl = ops.rsample_normal_kl(proposal.mean, proposal.std, prior_mean=prior.mean, prior_std=prior.std, key=key)
+        likelihood = self._likelihood(seen, self._outcome(z, memory))
+        far = -prior.mean.square() / (2 * PRIOR_MEAN**2)
+        return Bound(likelihood, kl, (far + PRIOR_STD * (prior.std.log() - prior.std)).sum(1))
+
+    def importance_bound(self, x: Tensor, mask: Tensor, samples: int = 25, *, key: Key = None) -> Tensor:
+        """The importance-weighted bound on ln p(x_b | x_{1-b}, b), nats of each [B].
+
+        ln of the mean, over so many z from the proposal, of p(x_b | z, x_{1-b}, b) p(z | x_{1-b}, b) / q(z | x, b). In
+        expectation it is never below the bound of fewer samples and never above the truth, to which it tends.
+        Y. Burda, R. Grosse, R. Salakhutdinov, Importance Weighted Autoencoders, ICLR 2016, arXiv:1509.00519.
+        """
+        seen = self._seen(x, mask)
+        prior, memory = self._prior(seen)
+        proposal = self._proposal(seen)
+        mean, std = (of.expand(samples, *of.shape) for of in proposal)
+        z = ops.rsample_normal(mean, std, key=key)
+        ratio = (log_normal(z, *prior) - log_normal(z, *proposal)).sum(-1)
+        # One sample after the other: memory does not grow with their number.
+        likelihood = torch.stack([self._likelihood(seen, self._outcome(one, memory)) for one in z])
+        return torch.logsumexp(likelihood + ratio, 0) - math.log(samples)
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, mask: Tensor, *, likeliest: bool = False, key: Key = None) -> Tensor:
+        """x with each unobserved cell (mask True, or NaN) drawn given the observed ones; these stay as they are.
+
+        Args:
+            likeliest: the most probable value given z, which is drawn in any case.
+
+        Values under the mask are not looked at.
+        """
+        seen = self._seen(x, mask)
+        prior, memory = self._prior(seen)
+        keys = _keys(x.device, key, 3)
+        outcome = self._outcome(ops.rsample_normal(*prior, key=keys[0]), memory)
+        drawn = self._drawn(outcome, [] if likeliest else keys[1:])
+        return torch.where(seen.hidden, drawn.to(x.dtype), x)
+
+    def _seen(self, x: Tensor, mask: Tensor) -> Seen:
+        return Seen(x, mask)
+
+    def _prior(self, seen: Seen) -> tuple[Normal, list[Tensor]]:
+        raise NotImplementedError
+
+    def _proposal(self, seen: Seen) -> Normal:
+        raise NotImplementedError
+
+    def _outcome(self, z: Tensor, memory: Sequence[Tensor]) -> Any:
+        raise NotImplementedError
+
+    def _likelihood(self, seen: Seen, outcome: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _drawn(self, outcome: Any, keys: Sequence[Tensor]) -> Tensor:
+        """All of x given z: drawn with two keys, or, without any, the likeliest."""
+        raise NotImplementedError
+
+
+class VAEAC(Conditional):
     """Rows of numbers and categories, some of them unobserved: what the others say of these.
 
     Three networks of residual layers: the proposal q(z | x, b), the prior p(z | x_{1-b}, b), and the generative network
@@ -119,64 +189,16 @@ class VAEAC(nn.Module):
         self.register_buffer("absent", absent, persistent=False)
         self.register_buffer("present", (~absent).flatten().nonzero().flatten(), persistent=False)
 
-    def bound(self, x: Tensor, mask: Tensor, *, key: Key = None) -> Bound:
-        """The evidence lower bound, its expectation estimated by one z."""
-        seen = _Seen(x, mask)
-        prior, memory = self._prior(seen)
-        proposal = self._proposal(seen)
-        z, kl = ops.rsample_normal_kl(proposal.mean, proposal.std, prior_mean=prior.mean, prior_std=prior.std, key=key)
-        likelihood = self._likelihood(seen, self._outcome(z, memory))
-        far = -prior.mean.square() / (2 * PRIOR_MEAN**2)
-        return Bound(likelihood, kl, (far + PRIOR_STD * (prior.std.log() - prior.std)).sum(1))
-
-    def importance_bound(self, x: Tensor, mask: Tensor, samples: int = 25, *, key: Key = None) -> Tensor:
-        """The importance-weighted bound on ln p(x_b | x_{1-b}, b), nats of each row [B].
-
-        ln of the mean, over so many z from the proposal, of p(x_b | z, x_{1-b}, b) p(z | x_{1-b}, b) / q(z | x, b). In
-        expectation it is never below the bound of fewer samples and never above the truth, to which it tends.
-        Y. Burda, R. Grosse, R. Salakhutdinov, Importance Weighted Autoencoders, ICLR 2016, arXiv:1509.00519.
-        """
-        seen = _Seen(x, mask)
-        prior, memory = self._prior(seen)
-        proposal = self._proposal(seen)
-        mean, std = (of.expand(samples, *of.shape) for of in proposal)
-        z = ops.rsample_normal(mean, std, key=key)
-        ratio = (_log_normal(z, *prior) - _log_normal(z, *proposal)).sum(-1)
-        # One sample after the other: memory does not grow with their number.
-        likelihood = torch.stack([self._likelihood(seen, self._outcome(one, memory)) for one in z])
-        return torch.logsumexp(likelihood + ratio, 0) - math.log(samples)
-
-    @torch.no_grad()
-    def impute(self, x: Tensor, mask: Tensor, *, likeliest: bool = False, key: Key = None) -> Tensor:
-        """x with each unobserved cell (mask True, or NaN) drawn given the observed ones; these stay as they are.
-
-        Args:
-            likeliest: the most probable value given z, which is drawn in any case.
-        """
-        seen = _Seen(x, mask)
-        prior, memory = self._prior(seen)
-        keys = _keys(x.device, key, 3)
-        outcome = self._outcome(ops.rsample_normal(*prior, key=keys[0]), memory)
-        drawn = torch.empty_like(x)
-        mean, chances = outcome.mean, outcome.chances
-        if not likeliest:
-            mean = ops.rsample_normal(mean, outcome.std, key=keys[1])
-            chances = chances + ops.noise("gumbel", chances.shape, dtype=x.dtype, device=x.device, key=keys[2])
-        drawn[:, self.number] = mean
-        if len(self.categorical):
-            drawn[:, self.categorical] = chances.argmax(-1).to(x.dtype)
-        return torch.where(seen.hidden, drawn, x)
-
-    def _prior(self, seen: _Seen) -> tuple[Normal, list[Tensor]]:
+    def _prior(self, seen: Seen) -> tuple[Normal, list[Tensor]]:
         """The prior, and its network's layers for the generative one."""
         hidden = seen.hidden.to(seen.x.dtype)
         memory = self._through(self.prior_network, torch.cat([self._encoded(seen.x, seen.hidden), hidden], 1))
-        return _normal(self.prior_network[-1](memory[-1])), memory
+        return normal(self.prior_network[-1](memory[-1])), memory
 
-    def _proposal(self, seen: _Seen) -> Normal:
+    def _proposal(self, seen: Seen) -> Normal:
         flags = [flag.to(seen.x.dtype) for flag in (seen.hidden, seen.unknown)]
         layers = self._through(self.proposal, torch.cat([self._encoded(seen.x, seen.unknown), *flags], 1))
-        return _normal(self.proposal[-1](layers[-1]))
+        return normal(self.proposal[-1](layers[-1]))
 
     def _through(self, network: nn.ModuleList, x: Tensor) -> list[Tensor]:
         layers = [F.leaky_relu(network[0](x), self.slope)]
@@ -207,15 +229,26 @@ class VAEAC(nn.Module):
         mixed = chance * (1 - LEAST_CHANCE * size) + LEAST_CHANCE
         return mixed.log().masked_fill(self.absent, -math.inf)
 
-    def _likelihood(self, seen: _Seen, outcome: Outcome) -> Tensor:
+    def _likelihood(self, seen: Seen, outcome: Outcome) -> Tensor:
         scored = (seen.hidden & ~seen.unknown).to(outcome.mean.dtype)
         known = torch.where(seen.unknown, 0.0, seen.x)
-        found = (_log_normal(known[:, self.number], outcome.mean, outcome.std) * scored[:, self.number]).sum(1)
+        found = (log_normal(known[:, self.number], outcome.mean, outcome.std) * scored[:, self.number]).sum(1)
         if len(self.categorical):
             place = known[:, self.categorical].long()[:, :, None]
             chance = outcome.chances.gather(2, place)[:, :, 0]
             found = found + (chance * scored[:, self.categorical]).sum(1)
         return found
+
+    def _drawn(self, outcome: Outcome, keys: Sequence[Tensor]) -> Tensor:
+        mean, chances = outcome.mean, outcome.chances
+        if keys:
+            mean = ops.rsample_normal(mean, outcome.std, key=keys[0])
+            chances = chances + ops.noise("gumbel", chances.shape, dtype=mean.dtype, device=mean.device, key=keys[1])
+        drawn = mean.new_empty(len(mean), len(self.sizes))
+        drawn[:, self.number] = mean
+        if len(self.categorical):
+            drawn[:, self.categorical] = chances.argmax(-1).to(mean.dtype)
+        return drawn
 
     def _encoded(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Numbers, and categories as ones among zeros; zeros alone where hidden. [B, numbers + sum of sizes]"""
@@ -228,7 +261,7 @@ class VAEAC(nn.Module):
         return torch.cat([numbers, ones.flatten(1)[:, self.present].to(x.dtype)], 1)
 
 
-class _Seen:
+class Seen:
     """x and what of it is hidden from the prior, and from everyone."""
 
     def __init__(self, x: Tensor, mask: Tensor) -> None:
@@ -242,13 +275,13 @@ def _layers(widths: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
 
 
-def _normal(moments: Tensor) -> Normal:
+def normal(moments: Tensor) -> Normal:
     moments = moments.float() if moments.dtype in (torch.bfloat16, torch.float16) else moments
     mean, spread = moments.chunk(2, 1)
     return Normal(mean, F.softplus(spread).clamp(min=LEAST_STD))
 
 
-def _log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
