@@ -5,6 +5,7 @@ from fastnuggets.models.char_rnn import CharRNN
 from fastnuggets.models.conditional_aae import ConditionalAAE
 from fastnuggets.models.fingerprint_autoencoder import FingerprintAAE, FingerprintAutoencoder, FingerprintVAE
 from fastnuggets.models.fingerprint_predictor import FingerprintPredictor
+from fastnuggets.models.kernel_vae import KernelVAE
 from fastnuggets.models.smiles_aae import SmilesAAE
 from fastnuggets.models.smiles_vae import SmilesVAE
 from fastnuggets.models.vaeac import VAEAC
@@ -19,6 +20,7 @@ __all__ = [
     "FingerprintAutoencoder",
     "FingerprintPredictor",
     "FingerprintVAE",
+    "KernelVAE",
     "SmilesAAE",
     "SmilesVAE",
     "WaveAutoencoder",

@@ -1,6 +1,7 @@
 """Layers: thin modules over `fastnuggets.ops`."""
 
 from fastnuggets.nn.bayes import BayesConv1d, BayesConv2d, BayesConv3d, BayesLinear, bayesianize
+from fastnuggets.nn.deep_prior import DeepWeightPrior, dwp_init_, harvest
 from fastnuggets.nn.dropout import ConcreteDropout, Dropout, GaussianDropout, StochasticDepth
 from fastnuggets.nn.encoder import GaussianEncoder
 from fastnuggets.nn.inverse import Deconvolution
@@ -29,6 +30,7 @@ __all__ = [
     "Copied",
     "CopyPaste",
     "Deconvolution",
+    "DeepWeightPrior",
     "Dropout",
     "GaussianDropout",
     "GaussianEncoder",
@@ -47,6 +49,8 @@ __all__ = [
     "VariationalDropoutLinear",
     "Voxelizer",
     "bayesianize",
+    "dwp_init_",
+    "harvest",
     "kl",
     "mc_predict",
     "rotations",

@@ -27,6 +27,7 @@ class Bayes(Posterior):
     form: str = ""  # until the torch layer has been made
     weight_prior_mean: Tensor | None
     bias_prior_mean: Tensor | None
+    weight_prior: Any = None  # a DeepWeightPrior, in place of the Gaussian
     optional_buffers = ("weight_prior_mean", "bias_prior_mean")
 
     def __init__(
@@ -96,11 +97,21 @@ class Bayes(Posterior):
         return sum(mean.numel() for mean, _, _ in self._parts())
 
     def kl(self) -> Tensor:
-        parts = [ops.kl_normal(mean, spread, **self._prior(mean, prior)) for mean, spread, prior in self._parts()]
+        parts = [self._kl_of(*part) for part in self._parts()]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
+    def _kl_of(self, mean: Tensor, spread: Tensor, prior: Tensor | None) -> Tensor:
+        if self.weight_prior is not None and mean is self.weight:
+            found: Tensor = self.weight_prior.kl(mean, spread, form=self.form)
+            return found
+        return ops.kl_normal(mean, spread, **self._prior(mean, prior))
+
     def held_kl(self) -> Tensor | None:
-        return None if torch.compiler.is_compiling() else self._held.take(self.described_by())
+        found = None if torch.compiler.is_compiling() else self._held.take(self.described_by())
+        return found if self.weight_prior is None else None
+
+    def _holds(self) -> bool:
+        return self.weight_prior is None and holds(self)
 
     @property
     def weight_std(self) -> Tensor:
@@ -124,7 +135,7 @@ class Bayes(Posterior):
         return self.product(x, self.weight, self.bias) + self.signs(change, keys[3])
 
     def _variances(self) -> tuple[Tensor, Tensor | None]:
-        if holds(self):
+        if self._holds():
             pairs = [
                 ops.variance_kl(wide(mean), wide(spread), **self._prior(mean, prior))
                 for mean, spread, prior in self._parts()
@@ -137,7 +148,7 @@ class Bayes(Posterior):
 
     def _weights(self, keys: list[Key]) -> tuple[Tensor, Tensor | None]:
         parts = list(zip(self._parts(), keys, strict=False))
-        if holds(self):
+        if self._holds():
             pairs = [
                 ops.rsample_normal_kl(mean, spread, key=k, **self._prior(mean, prior))
                 for (mean, spread, prior), k in parts
@@ -160,7 +171,8 @@ class Bayes(Posterior):
         return self.with_weights(self.weight)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sampling={self.sampling!r}, prior_std={self.prior_std}"
+        prior = f"prior_std={self.prior_std}" if self.weight_prior is None else f"weight_prior={self.weight_prior}"
+        return f"{super().extra_repr()}, sampling={self.sampling!r}, {prior}"
 
 
 class BayesLinear(Bayes, nn.Linear):
@@ -203,7 +215,10 @@ class BayesConv1d(Bayes, nn.Conv1d):
 
 
 class BayesConv2d(Bayes, nn.Conv2d):
-    """`torch.nn.Conv2d` of Gaussian weights: see :class:`BayesConv1d`."""
+    """`torch.nn.Conv2d` of Gaussian weights: see :class:`BayesConv1d`.
+
+    :meth:`fastnuggets.nn.DeepWeightPrior.attach_` sets another prior, ``weight_prior``: then its divergence is drawn.
+    """
 
 
 class BayesConv3d(Bayes, nn.Conv3d):
