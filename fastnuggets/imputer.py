@@ -11,15 +11,12 @@ import numpy as np
 import torch
 
 from fastnuggets.molecules.files import need
-from fastnuggets.systems.base import Draw
+from fastnuggets.systems.run import BEST, How, learn
 from fastnuggets.systems.tables import Column
 from fastnuggets.systems.vaeac import VaeacSettings, VaeacSystem, split
-from fastnuggets.training.fit import Validation, fit
 
 _base, _validation = need("sklearn.base", "demo"), need("sklearn.utils.validation", "demo")
 _random = need("sklearn.utils", "demo").check_random_state
-
-_VALIDATIONS = 20
 
 
 class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.BaseEstimator):  # type: ignore[name-defined]
@@ -29,8 +26,8 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
         categorical: places of the columns whose values are categories, whatever numbers stand for these; they are
             filled with the most frequent one.
         samples: codes drawn for each row: ``transform`` takes the mean over what is likeliest given each.
-        epochs, steps, batch_size, learning_rate, tested, width, depth, latent, sigma, least_sigma, masks, hidden: of
-            the network and its training, as ``fastnuggets train vaeac --help`` explains them.
+        epochs, steps, batch_size, learning_rate, tested, width, depth, latent, sigma, least_sigma, linear, masks,
+            hidden: of the network and its training, as ``fastnuggets train vaeac --help`` explains them.
         random_state: int, RandomState or None, of everything that is drawn.
         device: where to compute.
         verbose: above 0, a bar of progress on a terminal.
@@ -60,6 +57,7 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
         latent: int = 0,
         sigma: float = 0.0,
         least_sigma: float = 0.01,
+        linear: bool = True,
         masks: str = "mcar",
         hidden: float = 0.2,
         random_state: Any = None,
@@ -78,6 +76,7 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
         self.latent = latent
         self.sigma = sigma
         self.least_sigma = least_sigma
+        self.linear = linear
         self.masks = masks
         self.hidden = hidden
         self.random_state = random_state
@@ -133,7 +132,7 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
         if not self.samples >= 1:
             raise ValueError(f"samples: expected at least 1, got {self.samples}")
         names = ("epochs", "steps", "batch_size", "learning_rate", "tested", "width", "depth", "latent", "sigma",
-                 "least_sigma", "masks", "hidden")  # fmt: skip
+                 "least_sigma", "linear", "masks", "hidden")  # fmt: skip
         return VaeacSettings(**{name: getattr(self, name) for name in names})
 
     def _categorical(self) -> list[int]:
@@ -173,22 +172,9 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
                 settings, {"columns": [list(column) for column in self._known], "learned": len(data.train)}
             )
             system.model.to(self.device)
-            draw = Draw(self.seed_)
-            steps, best = system.steps(data), Path(folder) / "best.pt"
-            fit(
-                system.model,
-                lambda step: system.updates(data, step, draw),
-                system.optimizers(),
-                steps=steps,
-                schedule=lambda step: system.schedule(step, steps),
-                checkpoint=Path(folder) / "checkpoint.pt",
-                settings={},
-                every=float("inf"),
-                clip=system.clip,
-                progress=self.verbose > 0,
-                validation=Validation(lambda: system.validate(data), max(1, steps // _VALIDATIONS), best),
-            )
-            system.model.load_state_dict(torch.load(best, map_location=self.device, weights_only=True))
+            learn(system, data, Path(folder), How(self.seed_, self.device), progress=self.verbose > 0)
+            best = torch.load(Path(folder) / BEST, map_location=self.device, weights_only=True)
+            system.model.load_state_dict(best)
         system.model.eval()
         del system.optimizer  # twice the size of the network, and of no more use
         return system

@@ -76,13 +76,13 @@ def size(text: str) -> int:
     return max(1, int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " ")))
 
 
-def device(text: str) -> torch.device:
+def device(text: str) -> str:
+    """A device that can be used."""
     try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
+    return text
 
 
 def elements(text: str) -> tuple[str, ...]:

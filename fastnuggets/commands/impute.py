@@ -49,7 +49,7 @@ def add(command: Any) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a finished run: nothing is trained")
     parser.add_argument("--fresh", action="store_true", help="throw away the run in DIR and begin anew")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    parser.add_argument("--device", type=lambda text: str(device(text)), default="cpu", help="default cpu")
+    parser.add_argument("--device", type=device, default="cpu", help="default cpu")
     own = parser.add_argument_group("settings of the network and its training")
     for field in dataclasses.fields(VaeacSettings):
         add_setting(own, field)

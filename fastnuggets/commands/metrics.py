@@ -66,7 +66,7 @@ def _metrics(args: argparse.Namespace) -> int:
     if args.processes is not None and args.processes < 0:
         raise UsageError(f"--processes must be 0 or more, got {args.processes}")
     filters = metrics.read_filters(args.mcf) if args.mcf else metrics.installed_filters()
-    embed = metrics.chemnet(str(args.device)) if args.fcd else None
+    embed = metrics.chemnet(args.device) if args.fcd else None
     for path in filter(None, (args.input, args.reference, args.train, args.scaffold_reference)):
         if path == args.input or path.suffix != ".npz":
             read_smiles(path, column=args.column)  # a file that is not there is told at once
@@ -82,7 +82,7 @@ def _metrics(args: argparse.Namespace) -> int:
     if args.save_reference:
         sets["reference"].save(args.save_reference)
     generated = _described(args, args.input, "generated", filters=filters, embed=embed)
-    found = metrics.compare(generated, **sets, similar_at_most=args.similar_at_most, device=str(args.device))
+    found = metrics.compare(generated, **sets, similar_at_most=args.similar_at_most, device=args.device)
     if not filters:
         found = found._replace(notes=(*found.notes, metrics.NO_FILTERS))
     for note in found.notes:

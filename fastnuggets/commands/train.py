@@ -77,7 +77,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         add_setting(own, field)
     how = parser.add_argument_group("how to train")
     how.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    how.add_argument("--device", type=lambda text: str(device(text)), default="cpu", help="default cpu")
+    how.add_argument("--device", type=device, default="cpu", help="default cpu")
     how.add_argument("--precision", choices=PRECISIONS, default="float32", help="of autocast (default float32)")
     how.add_argument("--average", choices=AVERAGES, default="none", help="weights that are kept (default none)")
     how.add_argument("--decay", type=float, default=0.999, help="of --average ema (default %(default)s)")
@@ -103,7 +103,7 @@ def add(command: Any) -> None:
     made.add_argument("-n", "--count", type=whole, default=1000, help="how many (default %(default)s)")
     made.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: standard output")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--device", type=lambda text: str(device(text)), default="cpu", help="default cpu")
+    made.add_argument("--device", type=device, default="cpu", help="default cpu")
     made.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of the system, such as temperature=0.8"
     )
@@ -112,7 +112,7 @@ def add(command: Any) -> None:
     asked.add_argument("--data", type=Path, required=True, metavar="FILE")
     asked.add_argument("--out", type=Path, metavar="FILE.json", help="the figures as JSON")
     asked.add_argument("--seed", type=int, default=0)
-    asked.add_argument("--device", type=lambda text: str(device(text)), default="cpu", help="default cpu")
+    asked.add_argument("--device", type=device, default="cpu", help="default cpu")
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -100,6 +100,7 @@ class System(ABC, Generic[Data]):
     clip: ClassVar[float] = math.inf  # largest norm of the gradients of an update that names no other
     Settings: ClassVar[type[Settings]]
 
+    settings: Any
     model: nn.Module
 
     @classmethod
@@ -112,13 +113,16 @@ class System(ABC, Generic[Data]):
     def __init__(self, settings: Any, facts: dict[str, Any]) -> None:
         """Makes `model`, with weights from torch's default generator."""
 
+    def begin(self, data: Any) -> None:
+        """Measure of the training's examples what the model holds but does not learn; before the first step."""
+
     @abstractmethod
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """One for each loss that is minimised on its own."""
 
-    @abstractmethod
-    def steps(self, data: Data) -> int:
-        """Of the whole training."""
+    def steps(self, data: Any) -> int:
+        """Of the whole training: the epochs, over `data.train`."""
+        return int(self.settings.epochs) * -(-len(data.train) // int(self.settings.batch_size))
 
     def schedule(self, step: int, steps: int) -> float:
         """The learning rate of a step, as a factor."""

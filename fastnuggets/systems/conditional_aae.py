@@ -20,6 +20,7 @@ from fastnuggets.systems.base import Draw, Section, Settings, System, option
 from fastnuggets.systems.fingerprint_autoencoder import TAKES, lines
 from fastnuggets.systems.fingerprint_data import COMPUTED, Rows, Split, rows_of, split
 from fastnuggets.systems.fingerprint_measures import nearest
+from fastnuggets.training import processes
 from fastnuggets.training.fit import Update
 
 BEGINNING, MAIN = 0, 1  # phases of a training
@@ -170,7 +171,7 @@ class ConditionalAAESystem(System[Split]):
         for turn in range(1, self.settings.most + 1):
             batch = self._batch(rows, step, draw, turn, self.settings.first_batch_size)
             loss = encoder_loss(network.discriminator, self._code(batch).latent, self._prior(batch, step, draw, turn))
-            self.model.encoder_loss.copy_(_of_all(loss))
+            self.model.encoder_loss.copy_(processes.mean(loss))
             yield Update("encoder", self.adams["encoder"], loss)
             if float(self.model.encoder_loss) < EAGER:
                 break
@@ -300,12 +301,3 @@ def _rows_of(path: Path, settings: ConditionalSettings, progress: bool) -> Rows:
     rows = rows_of(path, settings.kind, value=settings.condition, dose=settings.dose, progress=progress)
     assert rows.values is not None
     return dataclasses.replace(rows, values=rows.values.clamp(settings.lowest, settings.highest))
-
-
-def _of_all(loss: Tensor) -> Tensor:
-    """A loss, the mean of all processes: they must take the same turns."""
-    found = loss.detach().clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found)
-        found /= torch.distributed.get_world_size()
-    return found

@@ -81,9 +81,6 @@ class FingerprintSystem(System[Split]):
             facts["bits"], latent=settings.latent, hidden=[settings.hidden] * 2, prior_std=settings.prior_std
         )
 
-    def steps(self, data: Split) -> int:
-        return int(self.settings.epochs) * -(-len(data.train) // int(self.settings.batch_size))
-
     def validate(self, data: Split) -> dict[str, float]:
         return self.figures(data.test.packed, seed=0)
 

@@ -82,9 +82,6 @@ class MaccsPredictorSystem(System[KeyedData]):
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         return [self._optimizer]
 
-    def steps(self, data: KeyedData) -> int:
-        return int(self.settings.epochs) * -(-len(data.train) // int(self.settings.batch_size))
-
     def schedule(self, step: int, steps: int) -> float:
         return warm_cosine(step, steps)
 

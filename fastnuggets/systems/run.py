@@ -91,7 +91,7 @@ def train(
         torch.manual_seed(how.seed)
         system = kind(given, facts)
         system.model.to(device)
-        last = _fit(system, examples, out, config, how, progress)
+        last = learn(system, examples, out, how, progress=progress)
         if processes.rank() == 0:
             _finish(system, examples, out, config, last)
     return last.validations[-1]
@@ -179,7 +179,9 @@ def _claim(out: Path, config: dict[str, Any]) -> None:
             file.write((json.dumps({**config, "version": fastnuggets.__version__}, indent=1) + "\n").encode())
 
 
-def _fit(system: System, examples: Any, out: Path, config: dict[str, Any], how: How, progress: bool) -> Checkpoint:
+def learn(system: System, examples: Any, out: Path, how: How, *, progress: bool = True) -> Checkpoint:
+    """Train the system, from its checkpoint if `out` has one; the weights that validation found best are in BEST."""
+    system.begin(examples)
     steps = system.steps(examples)
     draw = Draw(how.seed, processes.rank(), processes.world())
     averager = None if how.average == "none" else _averager(system, how, steps)
@@ -192,7 +194,7 @@ def _fit(system: System, examples: Any, out: Path, config: dict[str, Any], how: 
         steps=steps,
         schedule=lambda step: system.schedule(step, steps),
         checkpoint=out / CHECKPOINT,
-        settings={"system": config["system"], **config["settings"], **config["how"]},
+        settings={"system": type(system).__name__, **dataclasses.asdict(system.settings), **dataclasses.asdict(how)},
         every=SAVED,
         clip=system.clip,
         progress=progress,

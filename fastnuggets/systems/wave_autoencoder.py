@@ -156,9 +156,6 @@ class WaveAutoencoderSystem(System[GridData]):
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         return [self._optimizer]
 
-    def steps(self, data: GridData) -> int:
-        return int(self.settings.epochs) * -(-len(data.train) // int(self.settings.batch_size))
-
     def schedule(self, step: int, steps: int) -> float:
         return warm_cosine(step, steps)
 

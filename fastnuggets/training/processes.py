@@ -65,6 +65,15 @@ def mean_gradients(parameters: Sequence[nn.Parameter], loss: float, device: torc
     return float(shares[0])
 
 
+def mean(value: Tensor) -> Tensor:
+    """A number of each process, such as a loss that decides whose turn it is -> the mean, without a gradient."""
+    found = value.detach().clone()
+    if world() > 1:
+        dist.all_reduce(found)
+        found /= world()
+    return found
+
+
 def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Each flag, if any process raised it."""
     if world() == 1:
