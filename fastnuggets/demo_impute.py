@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from fastnuggets.models.conditional_gaussian import ConditionalGaussian
 from fastnuggets.molecules.files import need
 from fastnuggets.parts import Parts, command, one_thread, settings
 
 TABLES = ("wine", "breast cancer", "diabetes")
 OURS = "VAEAC"
+NORMAL = "normal"  # the distribution that VAEAC begins as, and nothing that it learned
 PEERS = ("mean", "kNN", "iterative", "forest")
-METHODS = (*PEERS, OURS)
-SAMPLED = ("iterative", OURS)  # those that draw, and so have intervals
+METHODS = (*PEERS, NORMAL, OURS)
+SAMPLED = ("iterative", NORMAL, OURS)  # those that draw, and so have intervals
 DRAWN = 39  # the interval from the second least draw to the second largest then has 90 %
 
 
@@ -115,7 +118,8 @@ def measure(plan: Plan, name: str, share: float, seed: int) -> dict[str, dict[st
         warnings.simplefilter("ignore")  # that iterations were stopped: the plan says after how many
         for method in METHODS:
             began = time.process_time()
-            numbers, places, drawn = (ours if method == OURS else peer)(plan, method, table, hidden, seed)
+            fill = {OURS: ours, NORMAL: normal}.get(method, peer)
+            numbers, places, drawn = fill(plan, method, table, hidden, seed)
             taken = time.process_time() - began
             found[method] = judge(table, hidden, numbers, places, drawn) | {"seconds": taken}
     return found
@@ -132,6 +136,22 @@ def ours(plan: Plan, method: str, table: Table, hidden: np.ndarray, seed: int) -
     filled = imputer.transform(cells)
     drawn = imputer.set_params(samples=DRAWN).sample(cells)[:, :, :count]
     return filled[:, :count], filled[:, count:], drawn
+
+
+def normal(plan: Plan, method: str, table: Table, hidden: np.ndarray, seed: int) -> tuple[Any, Any, Any]:
+    count = table.numbers.shape[1]
+    cells, gone = [table.numbers], [hidden[:, :count]]
+    for j, column in enumerate(table.categories.T):
+        cells.append(np.eye(column.max() + 1)[column])
+        gone.append(np.repeat(hidden[:, count + j, None], cells[-1].shape[1], 1))
+    x, lost = torch.from_numpy(np.hstack(cells)), torch.from_numpy(np.hstack(gone))
+    model = ConditionalGaussian(x.shape[1]).double()
+    model.estimate(x.masked_fill(lost, torch.nan))
+    mean, std = model(x.masked_fill(lost, 0.0), lost)
+    noise = np.random.default_rng(seed).standard_normal((DRAWN, *mean.shape))
+    drawn = mean.numpy() + std.numpy() * noise
+    numbers, *chances = np.split(mean.numpy(), np.cumsum([part.shape[1] for part in cells])[:-1], 1)
+    return numbers, np.stack([part.argmax(1) for part in chances], 1), drawn[:, :, :count]
 
 
 def peer(plan: Plan, method: str, table: Table, hidden: np.ndarray, seed: int) -> tuple[Any, Any, Any]:

@@ -140,8 +140,39 @@ def test_a_missing_value_changes_no_gradient():
             assert torch.equal(one, two)
 
 
-def test_impute_leaves_what_is_there():
-    net, (x, mask) = model(), rows()
+def estimated(sizes=(0, 3, 0, 2)):
+    """A linear network that knows the distribution of rows whose columns have to do with each other."""
+    net = model(sizes, linear=True)
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 300, generator=generator, dtype=torch.float64)
+    x = torch.stack([one, (one > 0) + (other > 1.0).double(), 0.7 * one + other, (other > 0).double()], 1)
+    net.estimate(x.masked_fill(torch.rand(x.shape, generator=generator) < 0.2, NAN))
+    return net
+
+
+@torch.no_grad()
+def test_a_linear_network_begins_as_the_normal_distribution():
+    net, (x, mask) = estimated(), rows()
+    unknown = x.isnan()
+    ones = [torch.eye(size, dtype=x.dtype)[x[:, j].nan_to_num().long()] for j, size in ((1, 3), (3, 2))]
+    encoded = torch.cat([x[:, [0, 2]].nan_to_num(), *ones], 1)
+    hidden = (mask | unknown)[:, [0, 2, 1, 1, 1, 3, 3]]
+    mean, std = net.gaussian(encoded, hidden)
+    assert (std[0, 0] < 0.9) and (mean[0, 0] - x[:, 0].nanmean()).abs() > 0.1  # the others say something of it
+    made = net.impute(x, mask, likeliest=True, key=KEY)
+    gone = mask | unknown
+    torch.testing.assert_close(made[:, [0, 2]][gone[:, [0, 2]]], mean[:, :2][gone[:, [0, 2]]])
+    assert made[gone[:, 1], 1].tolist() == mean[gone[:, 1], 2:5].argmax(1).tolist()
+    likelihood = net.bound(x, mask, key=KEY).likelihood
+    share = mean[0, 5:7].clamp(min=0.02)
+    chance = share[0] / share.sum() * (1 - 2 * LEAST_CHANCE) + LEAST_CHANCE
+    expected = torch.distributions.Normal(mean[0, 0], std[0, 0] + 0.01).log_prob(x[0, 0]) + chance.log()
+    torch.testing.assert_close(likelihood[0], expected)
+
+
+@pytest.mark.parametrize("make", [model, estimated])
+def test_impute_leaves_what_is_there(make):
+    net, (x, mask) = make(), rows()
     hidden = mask | x.isnan()
     made = net.impute(x, mask, key=KEY)
     assert torch.equal(made[~hidden], x[~hidden]) and not made.isnan().any()

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnuggets import ops
+from fastnuggets.models.conditional_gaussian import ConditionalGaussian
 from fastnuggets.ops.sample import Key
 
 LEAST_STD = 1e-3  # of a latent number
 PRIOR_MEAN = 1e4  # standard deviation of the hyperprior of the prior's means
 PRIOR_STD = 1e-4  # weight of the hyperprior of the prior's standard deviations
 LEAST_CHANCE = 1e-4  # of a category
+LEAST_START = 0.02  # of a category's share where a normal distribution says less
+UNIT = math.log(math.e - 1)  # softplus of it is 1
 MOST_CATEGORIES = 1000  # of a column, so that the floor stays a small part
 
 
@@ -44,6 +47,14 @@ class Bound(NamedTuple):
     @property
     def loss(self) -> Tensor:  # [B]
         return self.kl - self.likelihood - self.hyperprior
+
+
+class Start(NamedTuple):
+    """What the generative network's outputs are relative to."""
+
+    mean: Tensor | float  # [B, numbers]
+    std: Tensor | float  # [B, numbers]
+    logits: Tensor | float  # [B, sum of sizes]
 
 
 class Conditional(nn.Module):
@@ -130,6 +141,9 @@ class VAEAC(Conditional):
         sigma: standard deviation of a number given z, the same for all; None: learned.
         least_sigma: floor of what is learned.
         slope: of the activation below 0.
+        linear: begin as the joint normal distribution of the columns that `estimate` takes from the data, categories as
+            ones among zeros: the networks see what it makes of hidden cells in place of zeros, and learn by what the
+            truth is otherwise. A table of few rows is often told as well by no more than that.
 
     In every method x is [B, columns], float: a number, or the place of a category; NaN where the value is not known at
     all. ``mask`` is [B, columns], bool, and **True (b = 1) is UNOBSERVED**: such a cell is to be told from the others.
@@ -146,6 +160,7 @@ class VAEAC(Conditional):
     place: Tensor  # [categoricals, most] of a category among all; 0 where a column has fewer
     absent: Tensor  # [categoricals, most] bool: where it has fewer
     present: Tensor  # [sum of sizes] places of the others in that table
+    owner: Tensor  # [numbers + sum of sizes] the column of each encoded one
 
     def __init__(
         self,
@@ -157,6 +172,7 @@ class VAEAC(Conditional):
         sigma: float | None = None,
         least_sigma: float = 0.01,
         slope: float = 0.01,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         if not sizes or any(size < 0 or size == 1 or size > MOST_CATEGORIES for size in sizes):
@@ -175,6 +191,10 @@ class VAEAC(Conditional):
         outputs = (1 if sigma else 2) * numbers + sum(sizes)
         self.generator = nn.ModuleList([nn.Linear(2 * width, width) for _ in range(depth)])
         self.last = nn.Linear(2 * width, outputs)
+        self.gaussian = ConditionalGaussian(encoded) if linear else None
+        if linear:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
 
     def _index(self) -> None:
         sizes = self.sizes
@@ -188,17 +208,35 @@ class VAEAC(Conditional):
         self.register_buffer("place", place.masked_fill(absent, 0), persistent=False)
         self.register_buffer("absent", absent, persistent=False)
         self.register_buffer("present", (~absent).flatten().nonzero().flatten(), persistent=False)
+        self.register_buffer(
+            "owner", torch.cat([self.number, self.categorical.repeat_interleave(counts)]), persistent=False
+        )
 
-    def _prior(self, seen: Seen) -> tuple[Normal, list[Tensor]]:
-        """The prior, and its network's layers for the generative one."""
-        hidden = seen.hidden.to(seen.x.dtype)
-        memory = self._through(self.prior_network, torch.cat([self._encoded(seen.x, seen.hidden), hidden], 1))
-        return normal(self.prior_network[-1](memory[-1])), memory
+    def estimate(self, x: Tensor) -> None:
+        """With `linear`: take the normal distribution of rows [N, columns], NaN for gaps. Not differentiable."""
+        if self.gaussian is not None:
+            unknown = x.isnan()
+            self.gaussian.estimate(self._encoded(x, unknown).masked_fill(unknown[:, self.owner], math.nan))
+
+    def _prior(self, seen: Seen) -> tuple[Normal, tuple[list[Tensor], Start]]:
+        """The prior; and its network's layers for the generative one, with what this one's outputs are relative to."""
+        inputs, start = self._guessed(seen.x, seen.hidden)
+        layers = self._through(self.prior_network, torch.cat([inputs, seen.hidden.to(inputs)], 1))
+        return normal(self.prior_network[-1](layers[-1])), (layers, start)
 
     def _proposal(self, seen: Seen) -> Normal:
-        flags = [flag.to(seen.x.dtype) for flag in (seen.hidden, seen.unknown)]
-        layers = self._through(self.proposal, torch.cat([self._encoded(seen.x, seen.unknown), *flags], 1))
+        inputs, _ = self._guessed(seen.x, seen.unknown)
+        layers = self._through(self.proposal, torch.cat([inputs, seen.hidden.to(inputs), seen.unknown.to(inputs)], 1))
         return normal(self.proposal[-1](layers[-1]))
+
+    def _guessed(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Start]:
+        """What networks are given of a row [B, numbers + sum of sizes]."""
+        encoded = self._encoded(x, hidden)
+        if self.gaussian is None:
+            return encoded, Start(0.0, 1.0, 0.0)
+        mean, std = self.gaussian(encoded, hidden[:, self.owner])
+        numbers = len(self.number)
+        return mean, Start(mean[:, :numbers], std[:, :numbers], mean[:, numbers:].clamp(min=LEAST_START).log())
 
     def _through(self, network: nn.ModuleList, x: Tensor) -> list[Tensor]:
         layers = [F.leaky_relu(network[0](x), self.slope)]
@@ -206,20 +244,22 @@ class VAEAC(Conditional):
             layers.append(layers[-1] + F.leaky_relu(layer(layers[-1]), self.slope))
         return layers
 
-    def _outcome(self, z: Tensor, memory: Sequence[Tensor]) -> Outcome:
+    def _outcome(self, z: Tensor, memory: tuple[list[Tensor], Start]) -> Outcome:
+        layers, start = memory
         x = F.leaky_relu(self.first(z), self.slope)
-        for layer, seen in zip(self.generator, reversed(memory[1:]), strict=True):
+        for layer, seen in zip(self.generator, reversed(layers[1:]), strict=True):
             x = x + F.leaky_relu(layer(torch.cat([x, seen], 1)), self.slope)
         # The moments of what is scored stay float32 under autocast.
-        outputs = self.last(torch.cat([x, memory[0]], 1))
+        outputs = self.last(torch.cat([x, layers[0]], 1))
         outputs = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
         numbers = len(self.number)
-        mean = outputs[:, :numbers]
+        mean = start.mean + start.std * outputs[:, :numbers]
         if self.sigma is None:
-            std, logits = F.softplus(outputs[:, numbers : 2 * numbers]) + self.least_sigma, outputs[:, 2 * numbers :]
+            spread = outputs[:, numbers : 2 * numbers] + (0.0 if self.gaussian is None else UNIT)
+            std, logits = start.std * F.softplus(spread) + self.least_sigma, outputs[:, 2 * numbers :]
         else:
             std, logits = torch.full_like(mean, self.sigma), outputs[:, numbers:]
-        return Outcome(mean, std, self._chances(logits))
+        return Outcome(mean, std, self._chances(start.logits + logits))
 
     def _chances(self, logits: Tensor) -> Tensor:
         if not len(self.categorical):

@@ -21,6 +21,7 @@ MASKS = ("mcar", "pattern", "mixed")
 LEAST = 10  # rows that can be learned from
 # Width, depth, latent. On 178 rows the two are as good, and a step of the small one takes a sixth of the time.
 _PUBLISHED, _SMALL, _FEW = (256, 10, 64), (64, 3, 16), 2000  # the last: rows
+_MOST_LINEAR = 256  # columns and categories whose covariance is inverted for each row
 _BLOCK = 1024  # rows that go through the network at a time
 _VALIDATED = 1000  # held-out rows at most: each goes through the network as often as in many epochs
 _BOUND = 25  # samples of the bound that validation measures
@@ -53,6 +54,7 @@ class VaeacSettings(Settings):
     latent: int = option(0, "numbers of the code; 0: 16 or 64, likewise")
     sigma: float = option(0.0, "of numbers given the code, in deviations of their column; 0: learned (published: 1)")
     least_sigma: float = option(0.01, "floor of what is learned")
+    linear: bool = option(True, "begin as the joint normal distribution of the columns, if these are 256 at most")
     masks: str = option("mcar", "what is hidden in training: cells, or what another row lacks, or either", MASKS)
     hidden: float = option(0.2, "share of the cells that mcar hides, beside the gaps")
     missing: str = option(",".join(text for text in tables.MISSING if text), "texts of gaps, with commas between")
@@ -105,14 +107,19 @@ class VaeacSystem(System[Split]):
         self.settings, self.facts = settings, facts
         self.columns = [Column(*column) for column in facts["columns"]]
         width, depth, latent = _SMALL if facts["learned"] < _FEW else _PUBLISHED
+        sizes = tables.sizes(self.columns)
         self.model = VAEAC(
-            tables.sizes(self.columns),
+            sizes,
             width=settings.width or width,
             depth=settings.depth or depth,
             latent=settings.latent or latent,
             sigma=settings.sigma or None,
             least_sigma=settings.least_sigma,
+            linear=settings.linear and len(sizes) + sum(sizes) <= _MOST_LINEAR,
         )
+
+    def begin(self, data: Split) -> None:
+        self.model.estimate(data.train.to(self.device))
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         # Fused: the networks are many small matrices, and step by step they would take a quarter of the time.
@@ -120,8 +127,7 @@ class VaeacSystem(System[Split]):
         return [self.optimizer]
 
     def steps(self, data: Split) -> int:
-        epoch = -(-len(data.train) // int(self.settings.batch_size))
-        return min(max(int(self.settings.epochs) * epoch, int(self.settings.steps)), int(self.settings.most_steps))
+        return min(max(super().steps(data), int(self.settings.steps)), int(self.settings.most_steps))
 
     def updates(self, data: Split, step: int, draw: Draw) -> Iterator[Update]:
         x = data.train[draw.rows(step, len(data.train), self.settings.batch_size)]
