@@ -6,6 +6,7 @@ from fastnuggets.models.conditional_aae import ConditionalAAE
 from fastnuggets.models.fingerprint_autoencoder import FingerprintAAE, FingerprintAutoencoder, FingerprintVAE
 from fastnuggets.models.fingerprint_predictor import FingerprintPredictor
 from fastnuggets.models.kernel_vae import KernelVAE
+from fastnuggets.models.lenet import LeNet
 from fastnuggets.models.smiles_aae import SmilesAAE
 from fastnuggets.models.smiles_vae import SmilesVAE
 from fastnuggets.models.vaeac import VAEAC
@@ -21,6 +22,7 @@ __all__ = [
     "FingerprintPredictor",
     "FingerprintVAE",
     "KernelVAE",
+    "LeNet",
     "SmilesAAE",
     "SmilesVAE",
     "WaveAutoencoder",
