@@ -9,18 +9,22 @@ from fastnuggets.models.kernel_vae import KernelVAE
 from fastnuggets.models.lenet import LeNet
 from fastnuggets.models.smiles_aae import SmilesAAE
 from fastnuggets.models.smiles_vae import SmilesVAE
+from fastnuggets.models.vae import VAE, ConditionalVAE, JointVAE
 from fastnuggets.models.vaeac import VAEAC
 from fastnuggets.models.wave_autoencoder import WaveAutoencoder
 
 __all__ = [
+    "VAE",
     "VAEAC",
     "CenterDetector",
     "CharRNN",
     "ConditionalAAE",
+    "ConditionalVAE",
     "FingerprintAAE",
     "FingerprintAutoencoder",
     "FingerprintPredictor",
     "FingerprintVAE",
+    "JointVAE",
     "KernelVAE",
     "LeNet",
     "SmilesAAE",
