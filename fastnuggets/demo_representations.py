@@ -21,7 +21,7 @@ from fastnuggets.systems.base import Draw, System
 from fastnuggets.systems.maccs_predictor import KeyedData, MaccsPredictorSettings, MaccsPredictorSystem, keyed
 from fastnuggets.systems.molecule_grids import MARGIN, Drawing, GridSettings, apart, facts_of, turned
 from fastnuggets.systems.ranking import rank
-from fastnuggets.systems.wave_autoencoder import CHOSEN, WaveAutoencoderSettings, WaveAutoencoderSystem
+from fastnuggets.systems.wave_autoencoder import WaveAutoencoderSettings, WaveAutoencoderSystem
 
 ELEMENTS = "C,N,O,S,F+Cl+Br+I"  # the halogens are too few here for a channel each
 SPACING = 0.5  # angstrom
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     key_steps: int  # of a predictor of keys
     records: int | None = None  # read from the file; None: all
     tested: int = 200  # molecules kept from the training
-    chosen: int = CHOSEN  # molecules of the training on which the caution is chosen
+    chosen: int = 64  # molecules of the training on which the caution is chosen
     noisy: int = 64  # molecules whose grids are made noisy
     shape: int = 24  # of the grids that are learned
     noisy_shape: int = 32

@@ -343,7 +343,15 @@ def test_figures_of_a_perfect_network(table):
     assert figures["position error"] < 1e-3
 
 
-def test_runs_of_both_from_the_command_line(table, tmp_path, capsys):
+def test_runs_of_both_from_the_command_line(table, tmp_path, monkeypatch):
+    choose = WaveAutoencoderSystem.choose_caution
+
+    def chosen(system, learned):
+        choose(system, learned)
+        assert 0 < len(learned) <= 16
+        system.model.caution.fill_(1.25)
+
+    monkeypatch.setattr(WaveAutoencoderSystem, "choose_caution", chosen)
     options = [
         "--shape",
         "24",
@@ -369,6 +377,7 @@ def test_runs_of_both_from_the_command_line(table, tmp_path, capsys):
     assert sdf.read_text().count("$$$$") == 3
     system = run.load(tmp_path / "wave-autoencoder")
     assert (system.model.gain[:3] != 1).all()  # as it is in the beginning: it is kept with the weights
+    assert system.model.caution == 1.25
 
 
 # --- the study ---

@@ -116,6 +116,9 @@ class System(ABC, Generic[Data]):
     def begin(self, data: Any) -> None:
         """Measure of the training's examples what the model holds but does not learn; before the first step."""
 
+    def end(self, data: Any) -> None:
+        """The same after the last step, of the best weights; the model is in evaluation mode."""
+
     @abstractmethod
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """One for each loss that is minimised on its own."""

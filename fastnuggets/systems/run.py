@@ -217,6 +217,7 @@ def _averager(system: System, how: How, steps: int) -> WeightAverager:
 def _finish(system: System, examples: Any, out: Path, config: dict[str, Any], last: Checkpoint) -> None:
     system.model.load_state_dict(torch.load(out / BEST, map_location=system.device, weights_only=True))
     system.model.eval()
+    system.end(examples)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in system.model.state_dict().items()}
     with atomic_write(out / WEIGHTS) as file:
         file.write(need("safetensors.torch", "systems").save(state, {"system": config["system"]}))

@@ -43,7 +43,7 @@ MEMORY = 0.02  # of a step, in the running means
 LEAST_GAIN = 0.05
 # What a network is wrong by is no white noise, of which `find_atoms` would want the very size.
 CAUTIONS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-CHOSEN = 64  # molecules that the caution is chosen on
+CHOSEN = 16  # molecules that the caution is chosen on: atoms are looked for in each six times
 VALIDATED = 256  # molecules at most
 SHOWN = 64  # molecules at most whose atoms are counted for the page
 PICTURED = 4
@@ -168,7 +168,6 @@ class WaveAutoencoderSystem(System[GridData]):
 
     @torch.no_grad()
     def validate(self, data: GridData) -> dict[str, float]:
-        self.choose_caution(data.train)
         test = turned(data.test[:VALIDATED], 0, self.settings.shift)
         loss, count = 0.0, 0
         for batch in batches(test):
@@ -177,9 +176,12 @@ class WaveAutoencoderSystem(System[GridData]):
             count += len(batch)
         return {"loss": loss / count}
 
+    def end(self, data: GridData) -> None:
+        self.choose_caution(data.train[:CHOSEN])
+
     def choose_caution(self, learned: Molecules) -> None:
-        """Of CAUTIONS, that by which most is right of the atoms of some molecules of the training (by F1)."""
-        known = turned(learned[:CHOSEN], 1, self.settings.shift)
+        """Of CAUTIONS, that by which most is right of the atoms of molecules of the training (by F1)."""
+        known = turned(learned, 1, self.settings.shift)
         f1 = {caution: self.counted(known, caution).scores[-1].f1 for caution in CAUTIONS}
         self.model.caution.fill_(max(CAUTIONS, key=lambda caution: f1[caution]))
 
