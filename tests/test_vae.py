@@ -125,6 +125,18 @@ def test_samples_are_of_the_model(kind):
     assert not torch.equal(net.sample(some, key=8), net.sample(some, key=9))
 
 
+def test_categories_and_pixels_have_noise_of_their_own():
+    net = JointVAE(2, 2, latent=1, hidden=(1,))
+    with torch.no_grad():  # the first pixel is a fair coin, the second says the category
+        for weight in net.decoder.parameters():
+            weight.zero_()
+        net.decoder[0].weight[0, 1] = 1
+        net.decoder[2].weight[1], net.decoder[2].bias[1] = 40, -20
+    drawn = net.sample(10000, key=3)
+    both = drawn.T @ drawn / len(drawn)  # a deviation is 0.005
+    torch.testing.assert_close(both, torch.tensor([[0.5, 0.25], [0.25, 0.5]]), atol=0.02, rtol=0)
+
+
 @KINDS
 def test_gradient_with_frozen_noise(kind):
     net = model(kind, latent=2)
