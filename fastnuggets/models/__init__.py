@@ -11,6 +11,7 @@ from fastnuggets.models.smiles_aae import SmilesAAE
 from fastnuggets.models.smiles_vae import SmilesVAE
 from fastnuggets.models.vae import VAE, ConditionalVAE, JointVAE
 from fastnuggets.models.vaeac import VAEAC
+from fastnuggets.models.vaeac_conv import VAEACConv
 from fastnuggets.models.wave_autoencoder import WaveAutoencoder
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "LeNet",
     "SmilesAAE",
     "SmilesVAE",
+    "VAEACConv",
     "WaveAutoencoder",
 ]
