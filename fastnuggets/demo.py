@@ -137,6 +137,7 @@ OTHERS = {
     "fingerprints": "two autoencoders of fingerprints, one regularized by a divergence and one by an adversary",
     "impute": "gaps of three tables, filled by a network that draws what belongs in them and by scikit-learn",
     "variance": "networks that learn by noise alone lose their means, and are attacked through what they draw",
+    "vae": "digits with a label, or with a category that nobody named, and bounds that compare with a mixture",
 }
 
 _DESCRIPTION = """\
