@@ -136,6 +136,7 @@ OTHERS = {
     "representations": "two networks learn from one-hot voxels, Gaussians and waves, and what each makes of them",
     "fingerprints": "two autoencoders of fingerprints, one regularized by a divergence and one by an adversary",
     "impute": "gaps of three tables, filled by a network that draws what belongs in them and by scikit-learn",
+    "inpaint": "hidden parts of digits and of photographs, drawn by a network beside other ways to fill them",
     "prior": "what kernels of networks that read letters look like, as the prior of networks that read digits",
     "variance": "networks that learn by noise alone lose their means, and are attacked through what they draw",
     "vae": "digits with a label, or with a category that nobody named, and bounds that compare with a mixture",
