@@ -333,8 +333,8 @@ def _claims(result: Result) -> str:
         ),
         (
             "Maddison, Mnih, Teh; Jang, Gu, Poole, ICLR 2017",
-            "trained relaxed, the network works with whole categories",
-            f"the exact bound is {_of(result, JOINT, 'elbo').mean():.2f}, the relaxed sum "
+            "a network trained on relaxed categories works with whole ones",
+            f"of whole categories the exact bound is {_of(result, JOINT, 'elbo').mean():.2f}, the relaxed sum "
             f"{_of(result, 'relaxation', 'relaxed').mean():.2f}",
         ),
     ]

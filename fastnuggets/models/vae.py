@@ -269,6 +269,8 @@ class JointVAE(_Autoencoder):
 
         The divergences are means over the rows before they are compared. The capacities, 0 or more nats, are to grow
         linearly from 0 in training; the categories' counts no further than ln categories, the most there can be.
+        Being sure is enough to raise the category's divergence: where its capacity grows faster than the decoder learns
+        to use it, many rows end in few categories, which a smaller gamma and a slower growth avoid.
         """
         if min(capacity, category_capacity, gamma) < 0:
             raise ValueError(f"capacities and gamma must be at least 0, got {capacity}, {category_capacity}, {gamma}")
