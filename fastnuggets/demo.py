@@ -140,6 +140,7 @@ OTHERS = {
     "prior": "what kernels of networks that read letters look like, as the prior of networks that read digits",
     "variance": "networks that learn by noise alone lose their means, and are attacked through what they draw",
     "vae": "digits with a label, or with a category that nobody named, and bounds that compare with a mixture",
+    "dropout": "dropout, stochastic depth and very large dropout beside averages of weights and ensembles",
 }
 
 _DESCRIPTION = """\
