@@ -141,6 +141,13 @@ def test_smooth_images_are_filled_smoothly(fill):
     assert (made - ramp).abs().max() < 0.04  # measured: 0 and 0.031; the mask hides 0.9
 
 
+def test_share_of_the_code():
+    """Ten guesses with a variance of 2 about a mean that is off by 1, and pixels with a variance of 6."""
+    scores = {"rmse": (1 + 0.2) ** 0.5, "guess": 3**0.5, "draw": 3.0}
+    result = demo_inpaint.Result(TINY, {"digits": {"half": [{"VAEACConv": scores}]}}, {}, {}, 0.0, 0, 0)
+    assert report_inpaint._of_code(result, "digits", "half") == pytest.approx(2 / 8)
+
+
 def test_spread_has_no_effect_without_levels():
     images = torch.rand(2, 1, 4, 4)
     assert torch.equal(Data(images, images, 0.0).spread(images, generator()), images)
