@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ NAMES = {
     PUBLISHED: "deep, drawn start",
 }
 COLORS = {"": "#8b8d98", "normal": "#e07a3f", "fitted": "#3aa17e", "uniform": "#b05cc8", "deep": "#2f6fed"}
+GIVEN_UP = 20  # % of accuracy
 PICTURED = (PUBLISHED, DEEP, FITTED, NORMAL, UNIFORM, PLAIN)  # of which the filters are shown
 
 
@@ -53,6 +55,7 @@ ACCURACY = Metric("accuracy", "accuracy %", 100, 1, 1)
 NLL = Metric("nll", "neg. log-likelihood", 1, 3, -1)
 ECE = Metric("ece", "calibration error", 1, 3, -1)
 LOG_STD = Metric("log_std", "ln σ", 1, 2, 1)
+KL = Metric("kl", "divergence", 1, 0, -1)
 SECONDS = Metric("seconds", "seconds", 1, 1, -1)
 
 PAGE = (
@@ -74,7 +77,7 @@ $nats_table
 <p>$nats_text</p>
 <p class="note">Mean ln p of the kernels of source networks that no model has seen, nats a kernel; s is the deviation of
 those that were learned from. Of the autoencoder ln p is not known: its lower bound, and the tighter one of 100
-samples. Its second number is what z says of a kernel.</p>
+samples. KL: what z says of a kernel.</p>
 </section>
 
 <section>
@@ -86,7 +89,7 @@ each with other labels, weights and noise; the source networks are the same for 
 of the models of kernels; the published prior does. s is the deviation of the sources' kernels, so that N(0, s²) is told
 the size of a kernel, and nothing of its shape. Divergence: of the convolutions, nats; of the deep prior an upper bound;
 of the log-uniform one up to a constant. ln σ: mean over the weights, at the end.</p>
-<p>$told</p>
+<div>$told</div>
 </section>
 
 <section>
@@ -99,7 +102,7 @@ largest. One training of $steps steps, whose rate falls to 0.</p>
 <section>
 <h2>Claims</h2>
 $claims
-<p>$limits</p>
+<div>$limits</div>
 </section>
 
 <section>
@@ -323,8 +326,25 @@ def _limits(result: Result) -> str:
     )
     return (
         f"<b>What else it could be, and where it does not hold on data this small</b>, by labels:<ul>{said}</ul>"
-        "Letters and digits of 8 × 8 pixels have little room for the smooth, large kernels that the paper learns from."
+        f"<p>{_worth(result)} Letters and digits of 8 × 8 pixels have little room for kernels as large and smooth as "
+        "the paper's.</p>"
     )
+
+
+def _worth(result: Result) -> str:
+    """Why a bound may give up the labels: what they are worth, and what kernels that know something cost."""
+    given_up = {
+        NAMES[method]: [count for count in result.scores if _values(result, count, method, ACCURACY).mean() < GIVEN_UP]
+        for method in METHODS
+    }
+    said = [f"{name} with {', '.join(counts)} labels" for name, counts in given_up.items() if counts]
+    costs = [_values(result, count, m, KL).mean() for count in result.scores for m in METHODS if m.prior]
+    most = result.plan.counts[-1]
+    text = (
+        f"Labels hold ln 10 nats each, {most} of them {most * math.log(10):,.0f}; the "
+        f"divergences above are {min(costs):,.0f} to {max(costs):,.0f} nats."
+    )
+    return f"{text} Below {GIVEN_UP} % of accuracy, and so about as good as a guess: {'; '.join(said) or 'none'}."
 
 
 # Tables
@@ -341,22 +361,21 @@ def _nats_table(result: Result) -> str:
         )
         for vae, size in zip(result.vaes, SIZES, strict=True)
     ]
-    return table(["", *columns, "of it KL", "kernels"], rows)
+    return table(["", *columns, "KL", "kernels"], rows)
 
 
 def _table(result: Result, count: str, shown: bool) -> str:
     rows = []
     for method in METHODS:
-        kl = np.array([score["kl"] for score in result.scores[count][method.name]])
         rows.append(
             (
                 NAMES[method],
                 *(spread(_values(result, count, method, metric), metric.digits) for metric in (ACCURACY, NLL, ECE)),
-                f"{kl.mean():,.0f}" if method.prior else "–",
+                f"{_values(result, count, method, KL).mean():,.0f}" if method.prior else "–",
                 f"{_values(result, count, method, LOG_STD).mean():.2f}" if method.prior else "–",
             )
         )
-    made = table([f"{count} labels", ACCURACY.name, NLL.name, ECE.name, "divergence", LOG_STD.name], rows)
+    made = table([f"{count} labels", ACCURACY.name, NLL.name, ECE.name, KL.name, LOG_STD.name], rows)
     return made if shown else f"<details><summary>{count} labels</summary>{made}</details>"
 
 
@@ -384,7 +403,7 @@ def _chart(result: Result, metric: Metric) -> str:
     axis.set_xlabel("labels", color=INK)
     axis.set_ylabel(metric.name, color=INK)
     if metric is ACCURACY:
-        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right")
+        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     return svg(figure, f"{metric.name} by the number of labels, for each prior")
 
 

@@ -143,6 +143,12 @@ def test_page(done):
     assert figures["scores"]["20"][PUBLISHED.name] == result.scores["20"][PUBLISHED.name]
     values = [100 * score["accuracy"] for score in result.scores["10"][NORMAL.name]]
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in page
+    assert "20 of them 46; the divergences" in page  # ln 10 nats each
+    low = [
+        report_prior.NAMES[m] for m in METHODS if np.mean([s["accuracy"] for s in result.scores["20"][m.name]]) < 0.2
+    ]
+    said = page[page.index("as a guess:") :].split("</p>")[0]
+    assert low and all(name in said for name in low)
 
 
 @pytest.mark.parametrize(("change", "said"), [(5.0, "better"), (-5.0, "worse"), (0.0, "not told apart")])
