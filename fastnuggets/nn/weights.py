@@ -181,7 +181,8 @@ def kl(model: nn.Module, *, reduction: str = "sum") -> Tensor:
 
     A forward in training mode computes its layer's divergence in the pass that draws. That is used here, once, if
     the layer's parameters are what they were and its graph is whole; otherwise a pass of its own computes the same. A
-    change through ``.data`` goes unseen. Differentiable to any order, deterministic, does not synchronise.
+    change through ``.data`` goes unseen. Differentiable to any order, deterministic but for a `DeepWeightPrior`, whose
+    divergence is an estimate drawn at each call; does not synchronise.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be sum or mean, got {reduction!r}")
