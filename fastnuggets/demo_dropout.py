@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
 
 STANDARD = Plan(seeds=5, steps=250, letter_steps=1000)
-QUICK = Plan(seeds=2, steps=100, letter_steps=200, members=3, passes=10, tested=400)
+QUICK = Plan(seeds=2, steps=60, letter_steps=100, members=3, passes=5, tested=300)
 
 
 class Data(NamedTuple):
