@@ -175,7 +175,8 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
             learn(system, data, Path(folder), How(self.seed_, self.device), progress=self.verbose > 0)
             best = torch.load(Path(folder) / BEST, map_location=self.device, weights_only=True)
             system.model.load_state_dict(best)
-        system.model.eval()
+            system.model.eval()
+            system.end(data)
         del system.optimizer  # twice the size of the network, and of no more use
         return system
 

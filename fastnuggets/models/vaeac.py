@@ -161,6 +161,7 @@ class VAEAC(Conditional):
     absent: Tensor  # [categoricals, most] bool: where it has fewer
     present: Tensor  # [sum of sizes] places of the others in that table
     owner: Tensor  # [numbers + sum of sizes] the column of each encoded one
+    widened: Tensor  # scalar
 
     def __init__(
         self,
@@ -192,6 +193,8 @@ class VAEAC(Conditional):
         self.generator = nn.ModuleList([nn.Linear(2 * width, width) for _ in range(depth)])
         self.last = nn.Linear(2 * width, outputs)
         self.gaussian = ConditionalGaussian(encoded) if linear else None
+        # Factor of learned deviations, 1 unless it is set: what is learned from few rows is too sure of others.
+        self.register_buffer("widened", torch.ones(()))
         if linear:
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
@@ -256,7 +259,8 @@ class VAEAC(Conditional):
         mean = start.mean + start.std * outputs[:, :numbers]
         if self.sigma is None:
             spread = outputs[:, numbers : 2 * numbers] + (0.0 if self.gaussian is None else UNIT)
-            std, logits = start.std * F.softplus(spread) + self.least_sigma, outputs[:, 2 * numbers :]
+            std = self.widened * (start.std * F.softplus(spread) + self.least_sigma)
+            logits = outputs[:, 2 * numbers :]
         else:
             std, logits = torch.full_like(mean, self.sigma), outputs[:, numbers:]
         return Outcome(mean, std, self._chances(start.logits + logits))
