@@ -61,7 +61,8 @@ and in their place forests of $trees trees, in the manner of missForest. They se
 the first as zeros alone. Normal is the joint normal distribution of the columns and nothing else, found by
 expectation and maximisation; VAEAC begins as it, which the published network does not, and takes $steps steps at a rate
 of $rate, with the network for small tables, the best of 20 validations on 15 % of the rows, guesses of 10 codes. Its
-deviations are multiplied by one of six factors, the one that is right for those rows. Its settings were looked at on these tables with 30 % hidden: a demonstration, no benchmark.</p>
+deviations are multiplied by one of six factors, the one that is right for those rows. Its settings were looked at on
+these tables with 30 % hidden: a demonstration, no benchmark.</p>
 $time_table
 <p class="note">Processor seconds of one table, with whatever is drawn, on one thread. The whole run took $seconds
 ($reused of $parts parts were there already), on $machine. $versions.$few_seeds</p>
