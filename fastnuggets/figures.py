@@ -68,6 +68,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def tiled(tiles: Iterable[tuple[str, str]]) -> str:
+    """What stands on top of a page: numbers, each with its text."""
+    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+
+
 def share(value: float) -> str:
     return "–" if math.isnan(value) else f'<b class="bar" style="--v:{value:.3f}">{100 * value:.1f}</b>'
 

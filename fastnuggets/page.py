@@ -16,13 +16,14 @@ from fastnuggets.molecules.files import atomic_write
 def write_page(
     out: Path, name: str, template: str, fields: dict[str, Any], plan: Any, figures: dict[str, Any] | None = None
 ) -> Path:
-    """NAME.html of a template, its fields and, where these say nothing, the plan's; and NAME.json of the figures."""
+    """NAME.html of a template that ends with its last section, its fields and, where these say nothing, the plan's; and
+    NAME.json of the figures."""
     if figures is not None:
         with atomic_write(out / f"{name}.json") as file:
             file.write(json.dumps(figures, indent=1).encode())
     path = out / f"{name}.html"
     with atomic_write(path) as file:
-        file.write(Template(template).substitute(plan._asdict() | fields).encode())
+        file.write((Template(template).substitute(plan._asdict() | fields) + END).encode())
     return path
 
 
@@ -36,8 +37,10 @@ def write_run(
         parts.append(f"<section class='text'><h2>{html.escape(name)}</h2>{table(['', ''], rows)}</section>")
     page = Template(HEAD).substitute(title=html.escape(title)) + f'<p class="lead">{html.escape(lead)}</p>'
     with atomic_write(path) as file:
-        file.write((page + "\n".join(parts) + "\n</main>\n</body>\n</html>\n").encode())
+        file.write((page + "\n".join(parts) + "\n" + END).encode())
 
+
+END = "</main>\n</body>\n</html>\n"
 
 HEAD = """<!doctype html>
 <html lang="en">

@@ -26,7 +26,7 @@ from fastnuggets.demo_average import (
     Score,
     Task,
 )
-from fastnuggets.figures import INK, chart, duration, svg, table
+from fastnuggets.figures import INK, chart, duration, svg, table, tiled
 from fastnuggets.molecules.files import need
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.training import CurveLoss, LossPlane, plot_curve, plot_plane
@@ -168,15 +168,11 @@ $claims
 weights and the batches. SGD with a rate of $rate, momentum $momentum, weight decay $weight_decay, batches of $batch.
 SWAG: rank $rank, scale $scale, $draws draws. The settings were chosen on three other seeds: of those tried with
 which the last iterate was about at its best, ones with which SWA gained clearly. All seeds share the same images.</p>
-<p>"Better" and "worse" stand where the $confidence % interval of the mean difference over the seeds (Student's t,
-$seeds seeds) leaves out zero, with no correction for the number of comparisons. It says what another split of these
+<p>"Better" and "worse" $verdicts It says what another split of these
 images would do, not other images, and not other data.$few_seeds</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call.</p>
+<p>$took.</p>
 <p class="note">Seeds 0 to $last_seed · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -233,8 +229,12 @@ def common_fields(result: Any) -> dict[str, Any]:
         "bins": BINS,
         "bin_least": LEAST,
         "confidence": f"{100 * CONFIDENCE:g}",
+        "verdicts": f"stand where the {100 * CONFIDENCE:g} % interval of the mean difference over the seeds (Student's "
+        f"t, {result.plan.seeds} seeds) leaves out zero, with no correction for the number of comparisons.",
         "few_seeds": " With so few seeds most differences cannot be told from chance." if result.plan.seeds < 4 else "",
         "last_seed": result.plan.seeds - 1,
+        "took": f"All computations took {duration(result.seconds)}, {result.reused} of {result.parts} parts of them in "
+        "an earlier call",
         "seconds": duration(result.seconds),
         "reused": result.reused,
         "parts": result.parts,
@@ -274,7 +274,7 @@ def spread(values: np.ndarray, digits: int) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
-def _difference(paired: Paired, digits: int) -> str:
+def difference(paired: Paired, digits: int) -> str:
     low, high = paired.each.min(), paired.each.max()
     return f"{paired.mean:+.{digits}f}; {low:+.{digits}f} to {high:+.{digits}f}"
 
@@ -284,7 +284,7 @@ def _said(result: Result, task: str, method: str, metric: Metric, base: str) -> 
     paired = compare(result, task, method, metric, base)
     words = {1: "better than that of", -1: "worse than that of", 0: "not told apart from that of"}
     name = "the last iterate" if base == BASE else _names(result)[base]
-    return f"{words[paired.verdict]} {name} ({_difference(paired, metric.digits)})"
+    return f"{words[paired.verdict]} {name} ({difference(paired, metric.digits)})"
 
 
 # Text
@@ -312,7 +312,7 @@ def _tiles(result: Result) -> str:
             f"more training time by {updates} updates of SWA; passes for a prediction: {calls}",
         ),
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _text(result: Result, task: str) -> str:
@@ -485,9 +485,9 @@ def _table(result: Result, task: str) -> str:
             [
                 name,
                 spread(_values(result, task, method, ACCURACY), ACCURACY.digits),
-                "–" if method == BASE else _difference(against[0], ACCURACY.digits),
+                "–" if method == BASE else difference(against[0], ACCURACY.digits),
                 spread(_values(result, task, method, NLL), NLL.digits),
-                "–" if method == BASE else _difference(against[1], NLL.digits),
+                "–" if method == BASE else difference(against[1], NLL.digits),
                 spread(_values(result, task, method, ECE), ECE.digits),
                 str(first.passes),
                 f"{times[0]:.2f}",

@@ -31,10 +31,10 @@ from fastnuggets.demo_blend import (
     Plan,
     Result,
 )
-from fastnuggets.figures import INK, chart, image, pyplot, svg, table
+from fastnuggets.figures import INK, chart, image, pyplot, svg, table, tiled
 from fastnuggets.molecules.files import need
 from fastnuggets.page import HEAD, write_page
-from fastnuggets.report_average import Paired, common_fields, paired, spread
+from fastnuggets.report_average import Paired, common_fields, difference, paired, spread
 
 TITLE = "Cut, paste, blend: exact to a quarter of a grey level, and what a detector makes of it"
 BASE = "none"
@@ -149,16 +149,11 @@ photographs on them, one light, ray-cast; things: $kinds. Composed scenes hold 1
 0.65 of the cut-out's size, turned by up to 15 degrees, half of them mirrored, brightness changed by up to 20 %, with
 at most half of two boxes shared and at least 30 % of each visible. Detector: centres and box sizes from a heat map
 (Zhou et al. 2019), $width features, AdamW, a rate falling from $rate, batches of $batch.</p>
-<p>The settings were chosen on other seeds. "Better" and "worse" stand where the $confidence % interval of the mean
-difference over the seeds (Student's t, $seeds seeds) leaves out zero, with no correction for the number of
-comparisons.$few_seeds</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call. Every figure is in blend.json,
+<p>The settings were chosen on other seeds. "Better" and "worse" $verdicts$few_seeds</p>
+<p>$took. Every figure is in blend.json,
 beside this page.</p>
 <p class="note">Seeds 0 to $last_seed · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -227,10 +222,6 @@ def compare(result: Result, source: str, base: str = BASE) -> Paired:
     return paired(_precision(result, source) - _precision(result, base), 1)
 
 
-def _difference(found: Paired) -> str:
-    return f"{found.mean:+.1f}; {found.each.min():+.1f} to {found.each.max():+.1f}"
-
-
 def _name(row: str) -> str:
     return f"ours, {MODES[row].removeprefix('Poisson, ')}" if row in MODES else row
 
@@ -262,7 +253,7 @@ def _tiles(result: Result) -> str:
             f"average precision of a small detector: whole boxes pasted, then {NAMES[best]}",
         )
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _error_text(result: Result) -> str:
@@ -298,13 +289,13 @@ def _detector_text(result: Result) -> str:
     parts = []
     for source, base in ((WHOLE_BOX, BASE), ("gaussian", BASE), ("poisson", BASE), (EVERY, BASE)):
         found = compare(result, source, base)
-        parts.append(f"{NAMES[source]} {words[found.verdict]} {NAMES[base]} ({_difference(found)})")
+        parts.append(f"{NAMES[source]} {words[found.verdict]} {NAMES[base]} ({difference(found, 1)})")
     best = max(COMPOSED[1:-1], key=lambda source: _precision(result, source).mean())
     found = compare(result, EVERY, best)
     return (
         f"{'; '.join(parts).capitalize()}. The best single blend here is {NAMES[best]}; all five are "
-        f"{words[found.verdict]} it ({_difference(found)}). Rendered scenes, which are of the tests' own kind, are the "
-        f"ceiling: {_precision(result, RENDERED).mean():.1f} %."
+        f"{words[found.verdict]} it ({difference(found, 1)}). Rendered scenes, which are of the tests' own kind, are "
+        f"the ceiling: {_precision(result, RENDERED).mean():.1f} %."
     )
 
 
@@ -315,15 +306,15 @@ def _claims(result: Result) -> str:
     rows = [
         (
             "Cut objects out by their masks, rather than paste whole boxes",
-            f"{words[whole.verdict]}: hard paste against whole boxes {_difference(whole)} points",
+            f"{words[whole.verdict]}: hard paste against whole boxes {difference(whole, 1)} points",
         ),
         (
             "Soften the edge, so that a detector does not learn it instead of the object",
-            f"{words[soft.verdict]}: Gaussian feather against hard paste {_difference(soft)} points",
+            f"{words[soft.verdict]}: Gaussian feather against hard paste {difference(soft, 1)} points",
         ),
         (
             "Show scenes under all five blends, so that no kind of edge tells: the best setting of Dwibedi et al. 2017",
-            f"{words[every.verdict]}: all five against hard paste {_difference(every)} points",
+            f"{words[every.verdict]}: all five against hard paste {difference(every, 1)} points",
         ),
     ]
     return '<div class="text">' + table(("idea", "here"), rows) + "</div>"
@@ -437,7 +428,7 @@ def _detector_table(result: Result) -> str:
     head = ("learned from", "average precision", "against hard paste", *KINDS)
     rows = []
     for source in SOURCES:
-        against = "" if source == BASE else _difference(compare(result, source))
+        against = "" if source == BASE else difference(compare(result, source), 1)
         by_kind = [f"{_precision(result, source, kind).mean():.0f}" for kind in KINDS]
         rows.append((NAMES[source], spread(_precision(result, source), 1), against, *by_kind))
     return table(head, rows)

@@ -9,9 +9,9 @@ import numpy as np
 
 from fastnuggets import __version__
 from fastnuggets.demo_dropout import BASE, CLEAN, FACES, METHODS, SAMPLED, SHIFTS, TASKS, Result, Task
-from fastnuggets.figures import INK, bare, chart, svg, table
+from fastnuggets.figures import INK, bare, chart, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
-from fastnuggets.report_average import Paired, common_fields, paired, spread
+from fastnuggets.report_average import Paired, common_fields, difference, paired, spread
 
 TITLE = "Masks and depth: what drops, what averages"
 COLORS = {
@@ -96,16 +96,12 @@ and batches; after letters these differ in the last layer and the batches alone.
 and batches; the settings were not tuned.</p>
 <p>Shifts: turned by 25°; blurred with weights of 1, 2, 1; noise of deviation 5 on pixels of 0 to 16; moved by a pixel;
 a square of 3 × 3 pixels hidden. "Shifted" is the mean over the five.</p>
-<p>"Better" and "worse" stand where the $confidence % interval of the mean difference over the seeds (Student's t,
-$seeds seeds) leaves out zero, with no correction for the number of comparisons. It says what another split of these
+<p>"Better" and "worse" $verdicts It says what another split of these
 images would do, not other data.$few_seeds</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call, on $machine, one thread. Every
+<p>$took, on $machine, one thread. Every
 figure is in dropout.json, beside this page.</p>
 <p class="note">Seeds 0 to $last_seed · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -174,14 +170,10 @@ def compare(result: Result, task: Task, method: str, metric: Metric, test: str =
     return paired(values(result, task, method, metric, test) - values(result, task, base, metric, test), metric.sign)
 
 
-def _range(found: Paired, digits: int) -> str:
-    return f"{found.mean:+.{digits}f}; {found.each.min():+.{digits}f} to {found.each.max():+.{digits}f}"
-
-
 def _said(result: Result, task: Task, method: str, metric: Metric, test: str, base: str) -> str:
     found = compare(result, task, method, metric, test, base)
     words = {1: "better than", -1: "worse than", 0: "not told apart from"}
-    return f"{words[found.verdict]} {names(result)[base]} ({_range(found, metric.digits)})"
+    return f"{words[found.verdict]} {names(result)[base]} ({difference(found, metric.digits)})"
 
 
 # Text
@@ -214,7 +206,7 @@ def _tiles(result: Result) -> str:
             f"negative log-likelihood of dropout with wrong labels: in one pass, in {result.plan.passes} passes",
         ),
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _section(result: Result, task: Task) -> str:
@@ -380,7 +372,7 @@ def _table(result: Result, task: Task) -> str:
             for metric in METRICS:
                 row.append(spread(values(result, task, method, metric, test), metric.digits))
             found = compare(result, task, method, ACCURACY, test)
-            row.append("–" if method == BASE else _range(found, ACCURACY.digits))
+            row.append("–" if method == BASE else difference(found, ACCURACY.digits))
         row += [str(scores[0]["passes"]), f"{np.mean([score['training'] for score in scores]):.1f}"]
         rows.append(row)
     head = [""]
@@ -408,7 +400,7 @@ def _drawing_table(result: Result) -> str:
             row = [f"{called(task)}: {name}"]
             for test in (CLEAN, SHIFTED):
                 for metric in METRICS:
-                    row.append(_range(compare(result, task, method, metric, test, f"{method} mean"), metric.digits))
+                    row.append(difference(compare(result, task, method, metric, test, f"{method} mean"), metric.digits))
             rows.append(row)
     head = [f"{test}: {short}" for test in (CLEAN, SHIFTED) for short in ("accuracy", "NLL", "ECE")]
     return table(["", *head], rows)

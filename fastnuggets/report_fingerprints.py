@@ -13,9 +13,9 @@ import torch
 
 from fastnuggets import __version__
 from fastnuggets.demo_fingerprints import AAE, PROPERTIES, SETTINGS, VAE, Result, Setting
-from fastnuggets.figures import INK, chart, svg, table
+from fastnuggets.figures import INK, chart, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
-from fastnuggets.report_average import Paired, common_fields, paired, spread
+from fastnuggets.report_average import Paired, common_fields, difference, paired, spread
 from fastnuggets.systems.fingerprint_pictures import molecules
 
 TITLE = "Two ways to keep a code where one can draw from"
@@ -117,17 +117,13 @@ $rate; $steps steps of $batch fingerprints for the VAE, and as many rotations of
 batch of its own: discriminator, encoder against it, autoencoder. The paper trained on 72 million fingerprints, in
 batches of 1,024. As Adam takes no notice of a factor of the loss, the AAE's weight is one of the rate of its encoder's
 adversarial steps.</p>
-<p>"Better" and "worse" stand where the $confidence % interval of the mean difference over the seeds (Student's t,
-$seeds seeds) leaves out zero, with no correction for the number of comparisons.$few_seeds A training took $vae_time s
+<p>"Better" and "worse" $verdicts$few_seeds A training took $vae_time s
 (VAE) and $aae_time s (AAE) on $machine, one thread, beside whatever else the machine did.</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call. Every figure is in
+<p>$took. Every figure is in
 fingerprints.json, beside this page.</p>
 <p class="note">Seeds 0 to $last_seed · $versions · Kadurin et al., druGAN, Molecular Pharmaceutics 14 (9), 2017, doi
 10.1021/acs.molpharmaceut.7b00346</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -217,8 +213,7 @@ def _said(result: Result, metric: Metric, setting: Setting = AAE, base: Setting 
     """In words how a setting does against another."""
     found = compare(result, metric, setting, base)
     words = {1: "better", -1: "worse", 0: "not told apart"}[found.verdict]
-    mean, low, high = (f"{v:+.{metric.digits}f}" for v in (found.mean, found.each.min(), found.each.max()))
-    return f"{words} ({mean}; {low} to {high})"
+    return f"{words} ({difference(found, metric.digits)})"
 
 
 def _told_apart(result: Result, setting: Setting) -> int:
@@ -244,7 +239,7 @@ def _tiles(result: Result) -> str:
             f"loss of a new discriminator, VAE | AAE; {math.log(2):.3f} if codes were the prior's",
         ),
     )
-    return "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
+    return tiled(tiles)
 
 
 def _table(result: Result, metrics: tuple[Metric, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastnuggets.demo_impute import METHODS, NORMAL, OURS, PEERS, SAMPLED, Result
-from fastnuggets.figures import INK, chart, svg, table
+from fastnuggets.figures import INK, chart, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import common_fields, paired, spread
 
@@ -67,9 +67,6 @@ $time_table
 <p class="note">Processor seconds of one table, with whatever is drawn, on one thread. The whole run took $seconds
 ($reused of $parts parts were there already), on $machine. $versions.$few_seeds</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -85,7 +82,7 @@ def write(result: Result, out: Path) -> Path:
     ]
     fields = common_fields(result) | {
         "title": TITLE,
-        "tiles": "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles),
+        "tiles": tiled(tiles),
         "error_charts": "".join(f"<div>{_chart(result, name)}</div>" for name in result.plan.tables),
         "error_table": _table(result, METHODS, "nrmse", 1, 3),
         "error_text": _told(result),

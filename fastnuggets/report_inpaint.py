@@ -20,7 +20,7 @@ from fastnuggets.demo_inpaint import (
     SIDE,
     Result,
 )
-from fastnuggets.figures import INK, chart, duration, svg, table
+from fastnuggets.figures import INK, chart, duration, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import common_fields, paired, spread
 
@@ -133,9 +133,6 @@ $seconds ($reused of $parts parts were there already), on $machine. "Better" and
 interval of the mean difference over the seeds (Student's t) leaves out zero, with no correction for the number of
 comparisons. $versions.$few_seeds</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -157,7 +154,7 @@ def write(result: Result, out: Path) -> Path:
     )
     fields = common_fields(result) | {
         "title": TITLE,
-        "tiles": "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles),
+        "tiles": tiled(tiles),
         "digits_pictures": _pictures(result, "digits"),
         "photographs_pictures": _pictures(result, "photographs"),
         "averaged": AVERAGED,

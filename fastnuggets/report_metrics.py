@@ -89,9 +89,6 @@ $remarks
 $train. Second reference: $second. Medicinal chemistry filters: $mcf.</p>
 <p class="note">$versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 

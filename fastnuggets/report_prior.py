@@ -23,7 +23,7 @@ from fastnuggets.demo_prior import (
     Method,
     Result,
 )
-from fastnuggets.figures import INK, bare, chart, pyplot, svg, table
+from fastnuggets.figures import INK, bare, chart, pyplot, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import Paired, common_fields, paired, spread
 
@@ -126,9 +126,6 @@ $time_table
 <p class="note">Processor seconds of a training, on one thread. The whole run took $seconds ($reused of $parts parts
 were there already), on $machine. $versions.$few_seeds</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -224,7 +221,7 @@ def _tiles(result: Result) -> str:
             f"a {SIZES[0]} × {SIZES[0]} kernel, what the autoencoder knows of it beyond its size",
         ),
     ]
-    return "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
+    return tiled(tiles)
 
 
 def _nats_text(result: Result) -> str:

@@ -24,7 +24,7 @@ from fastnuggets.demo_representations import (
     Representation,
     Result,
 )
-from fastnuggets.figures import INK, bare, chart, duration, image, png, pyplot, svg, table
+from fastnuggets.figures import INK, bare, chart, duration, image, png, pyplot, svg, table, tiled
 from fastnuggets.molecules.files import atomic_write
 from fastnuggets.molecules.matching import GATE, Score
 from fastnuggets.page import HEAD, write_page
@@ -106,9 +106,6 @@ known here, nor is its network.</p>
 earlier call. Every figure is in representations.json, beside this page.</p>
 <p class="note">Seeds 0 to $last_seed · $machine, $threads threads · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -284,7 +281,7 @@ def _tiles(result: Result) -> str:
         (auc, f"macro ROC AUC of the MACCS keys: {order}"),
         (twenty, f"% of the molecules are found whole in grids with 20 % noise: {order}"),
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _noise_text(result: Result) -> str:

@@ -28,10 +28,10 @@ from fastnuggets.demo_sample import (
     Result,
     Task,
 )
-from fastnuggets.figures import INK, bare, pyplot, svg, table
+from fastnuggets.figures import INK, bare, pyplot, svg, table, tiled
 from fastnuggets.figures import chart as figure_of_one
 from fastnuggets.page import HEAD, write_page
-from fastnuggets.report_average import LEAST, Paired, common_fields, paired, spread
+from fastnuggets.report_average import LEAST, Paired, common_fields, difference, paired, spread
 
 TITLE = "Noise that is of use: what sampling gives, and where it gives nothing"
 COLORS = {
@@ -166,17 +166,12 @@ regularisation. Weight decay: $decay, decoupled. Ensemble: the plain network and
 both hidden layers. Concrete dropout: before the last two layers, its probability learned. Gaussian weights: mean and
 deviation of each learned, local reparametrization, a prior of deviation $prior_std, the whole divergence over the
 number of images. Variance layer: the middle one, with a batch norm. $passes passes.</p>
-<p>The settings were chosen on other seeds, of a few tried for each method. "Better" and "worse" stand where the
-$confidence % interval of the mean difference over the seeds (Student's t, $seeds seeds) leaves out zero, with no
-correction for the number of comparisons. It says what another split of these images would do, not other
-data.$few_seeds</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call. Every figure is in
+<p>The settings were chosen on other seeds, of a few tried for each method. "Better" and "worse"
+$verdicts It says what another split of these images would do, not other data.$few_seeds</p>
+<p>$took. Every figure is in
 sample.json, beside this page.</p>
 <p class="note">Seeds 0 to $last_seed, of the toy 0 to $last_toy · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -291,15 +286,11 @@ def _mean(result: Result, task: Task, method: str, metric: Metric) -> str:
     return f"{_values(result, task, method, metric).mean():.{metric.digits}f}"
 
 
-def _difference(found: Paired, digits: int) -> str:
-    return f"{found.mean:+.{digits}f}; {found.each.min():+.{digits}f} to {found.each.max():+.{digits}f}"
-
-
 def _said(result: Result, task: Task, method: str, metric: Metric, base: str = BASE) -> str:
     """In words how a method does against another."""
     found = compare(result, task, method, metric, base)
     words = {1: "better than", -1: "worse than", 0: "not told apart from"}
-    return f"{words[found.verdict]} {_names(result)[base]} ({_difference(found, metric.digits)})"
+    return f"{words[found.verdict]} {_names(result)[base]} ({difference(found, metric.digits)})"
 
 
 def _toy_accuracies(result: Result) -> np.ndarray:
@@ -341,7 +332,7 @@ def _tiles(result: Result) -> str:
             f"torch's time for a million normals over ours, with 1 and {most} threads; ours are the same bits",
         ),
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _toy_kinds(result: Result) -> str:
@@ -549,9 +540,9 @@ def _table(result: Result, task: Task) -> str:
                 _names(result)[method],
                 spread(_values(result, task, method, ACCURACY), ACCURACY.digits),
                 spread(_values(result, task, method, NLL), NLL.digits),
-                "–" if method == BASE else _difference(against[0], NLL.digits),
+                "–" if method == BASE else difference(against[0], NLL.digits),
                 spread(_values(result, task, method, ECE), ECE.digits),
-                "–" if method == BASE else _difference(against[1], ECE.digits),
+                "–" if method == BASE else difference(against[1], ECE.digits),
                 spread(_values(result, task, method, FOUND), FOUND.digits),
                 str(scores[0]["passes"]),
                 f"{training:.2f}",

@@ -25,7 +25,7 @@ from fastnuggets.demo_vae import (
     Result,
 )
 from fastnuggets.figures import INK as TEXT
-from fastnuggets.figures import chart, image, svg, table
+from fastnuggets.figures import chart, image, svg, table, tiled
 from fastnuggets.molecules.files import need
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import common_fields, paired, spread
@@ -122,9 +122,6 @@ $time_table
 <p class="note">Seconds of training, on one thread. The whole run took $seconds ($reused of $parts parts were there
 already), on $machine. $versions.$few_seeds</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -215,7 +212,7 @@ def _tiles(result: Result) -> str:
             f"{100 * _of(result, 'kinds', 'k-means').mean():.1f} %",
         ),
     ]
-    return "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
+    return tiled(tiles)
 
 
 def _nats_text(result: Result) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 
 from fastnuggets import __version__
 from fastnuggets.demo_variance import ATTACKED, BASE, DRAWN, NETWORKS, SHARED, Result
-from fastnuggets.figures import INK, bare, chart, svg, table
+from fastnuggets.figures import INK, bare, chart, svg, table, tiled
 from fastnuggets.models.lenet import LAYERS
 from fastnuggets.page import HEAD, write_page
-from fastnuggets.report_average import Paired, common_fields, paired, spread
+from fastnuggets.report_average import Paired, common_fields, difference, paired, spread
 
 TITLE = "Networks that expect nothing of their weights"
 NAMES = {
@@ -115,16 +115,12 @@ mean and variance (local reparametrization).</p>
 <p>Attacks are captum's ($captum), on the log of the mean probability, its threshold for small gradients off; the
 reference for averaging over draws is Athalye, Carlini and Wagner, arXiv:1802.00420. FGSM: arXiv:1412.6572; PGD:
 arXiv:1706.06083, steps of $stride ε. The settings were looked at on other seeds.</p>
-<p>"More", "less" and the like stand where the $confidence % interval of the mean difference over the seeds (Student's
-t, $seeds seeds) leaves out zero, with no correction for the number of comparisons. It says what another split of these
+<p>"More", "less" and the like $verdicts It says what another split of these
 images would do, not other data.$few_seeds</p>
-<p>All computations took $seconds, $reused of $parts parts of them in an earlier call, on $machine, one thread. Every
+<p>$took, on $machine, one thread. Every
 figure is in variance.json, beside this page.</p>
 <p class="note">Seeds 0 to $last_seed · $versions</p>
 </section>
-</main>
-</body>
-</html>
 """
 )
 
@@ -209,13 +205,9 @@ def against(result: Result, name: str, other: str = BASE, kind: str = "pgd") -> 
     return paired(attacked(result, name, kind, shown) - attacked(result, other, kind, shown), 1)
 
 
-def _range(found: Paired) -> str:
-    return f"{found.mean:+.1f}; {found.each.min():+.1f} to {found.each.max():+.1f}"
-
-
 def _apart(found: Paired, more: str = "more", less: str = "less") -> str:
     """In words, whether a difference in points can be told from chance."""
-    return f"{ {1: more, -1: less, 0: 'not told apart'}[found.verdict] } ({_range(found)} points)"
+    return f"{ {1: more, -1: less, 0: 'not told apart'}[found.verdict] } ({difference(found, 1)} points)"
 
 
 # Text
@@ -244,7 +236,7 @@ def _tiles(result: Result) -> str:
             "prediction has",
         ),
     )
-    return "".join(f'<div class="tile"><b>{number}</b><span>{text}</span></div>' for number, text in tiles)
+    return tiled(tiles)
 
 
 def _alpha_text(result: Result) -> str:
@@ -264,7 +256,7 @@ def _alpha_text(result: Result) -> str:
     text += f"The means alone are right for {spread(means(result, 'variational'), 1)} % of the test images, "
     text += f"{most} draws with them for {spread(kept, 1)} %, and without them for {spread(zeroed, 1)} %: "
     if lost.verdict == 0 or abs(lost.mean) < NEAR:
-        return text + f"to set them to zero changes little ({_range(lost)} points)."
+        return text + f"to set them to zero changes little ({difference(lost, 1)} points)."
     return text + f"to set them to zero {'costs' if lost.mean < 0 else 'gives'} {abs(lost.mean):.1f} points."
 
 
@@ -276,7 +268,8 @@ def _main_text(result: Result) -> str:
         small = abs(lost.mean) < NEAR
         judged = "go without loss" if small else ("are needed" if lost.mean < 0 else "are in the way")
         parts.append(
-            f"{NAMES[name]}: ln α {spread(ln_alpha(result, name), 1)}, the means {judged} ({_range(lost)} points)"
+            f"{NAMES[name]}: ln α {spread(ln_alpha(result, name), 1)}, the means {judged} "
+            f"({difference(lost, 1)} points)"
         )
     text = f"<b>The fewer the α, the less the means matter?</b> {'; '.join(parts)}. "
     alone, moved = means(result, "variance"), drawn(result, "variance", "permuted")
@@ -349,7 +342,7 @@ def _attack_text(result: Result) -> str:
     alone = paired(attacked(result, "dropout", "pgd", shown) - attacked(result, "dropout mean", "pgd", shown), 1)
     text += " The same weights with dropout's noise and without: "
     text += {1: "the noise helps", -1: "the noise does harm", 0: "not told apart"}[alone.verdict]
-    text += f" ({_range(alone)} points)."
+    text += f" ({difference(alone, 1)} points)."
     weaker = [
         name for name in DRAWN if paired(_less(result, name, "transfer"), 1).verdict > 0
     ]  # what was made for another network does more harm than what was made for this one
@@ -509,7 +502,7 @@ def _layer_table(result: Result) -> str:
     for layer in LAYERS:
         found = paired(_one_zeroed(result, layer) - kept, 1)
         alphas = spread(ln_alpha(result, "every layer", layer), 1)
-        rows.append([layer, alphas, spread(_one_zeroed(result, layer), 1), _range(found)])
+        rows.append([layer, alphas, spread(_one_zeroed(result, layer), 1), difference(found, 1)])
     rows.append(["all of them", "–", spread(drawn(result, "every layer", "zeroed", -2), 1), "–"])
     return table(["", "ln α", "its means zeroed %", "difference, points"], rows)
 
@@ -521,7 +514,7 @@ def _attack_table(result: Result) -> str:
         row = [NAMES[name], spread(attacked(result, name, "clean", 0), 1)]
         for kind in ("random", "transfer", "one draw", "fgsm", "pgd"):
             row.append(spread(attacked(result, name, kind, shown), 1) if made(name, kind) else "–")
-        row.append("–" if name == BASE else _range(against(result, name)))
+        row.append("–" if name == BASE else difference(against(result, name), 1))
         rows.append(row)
     return table(
         ["", "as they are", "signs at random", "transferred", "one draw", "FGSM", "PGD", "against plain"], rows
