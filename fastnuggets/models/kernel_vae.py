@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnuggets import ops
-from fastnuggets.ops.sample import Key
+from fastnuggets.models.vae import Bound
+from fastnuggets.ops.sample import Key, counted_keys
 
 LEAST_VARIANCE = 1e-6  # of a latent number, and of a weight in units of scale^2: a kernel that recurs has a density
 LARGE = 7  # from this size on valid convolutions alone make a network deep enough
@@ -20,17 +21,6 @@ LARGE = 7  # from this size on valid convolutions alone make a network deep enou
 class Normal(NamedTuple):
     mean: Tensor
     var: Tensor
-
-
-class Bound(NamedTuple):
-    """The parts of a lower bound on ln p(w), nats of each kernel [N]."""
-
-    likelihood: Tensor  # ln p(w | z) of one z from r(z | w)
-    kl: Tensor  # KL(r(z | w) || N(0, I))
-
-    @property
-    def loss(self) -> Tensor:  # [N]
-        return self.kl - self.likelihood
 
 
 class KernelVAE(nn.Module):
@@ -80,7 +70,7 @@ class KernelVAE(nn.Module):
         return Normal(mean * self.scale, (F.softplus(spread) + LEAST_VARIANCE) * self.scale.square())
 
     def bound(self, w: Tensor, *, key: Key = None) -> Bound:
-        """The evidence lower bound on ln p(w), its expectation estimated by one z."""
+        """The evidence lower bound on ln p(w), nats of each kernel [N], its expectation estimated by one z."""
         z, kl = ops.rsample_normal_kl(*self.encode(w), form="var", key=key)
         return Bound(_log_normal(w, self.decode(z)), kl)
 
@@ -104,10 +94,9 @@ class KernelVAE(nn.Module):
 
         A key given has its offset counted on: 0 for z, 1 for w.
         """
-        first = ops.noise_key(self.scale.device, key=key)
+        first, second = counted_keys(2, self.scale.device, key=key)
         z = ops.noise("normal", [n, self.latent], dtype=self.scale.dtype, device=self.scale.device, key=first)
         mean, var = self.decode(z)
-        second = first + torch.arange(2, device=first.device)
         return ops.rsample_normal(mean, var, form="var", key=second) if noise else mean
 
     def extra_repr(self) -> str:

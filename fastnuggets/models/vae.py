@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnuggets import ops
-from fastnuggets.models.vaeac import Normal
+from fastnuggets.models.vaeac import Normal, full
 from fastnuggets.ops.sample import Key
 
 
@@ -64,13 +64,13 @@ class _Autoencoder(nn.Module):
         """mean and ln variance of z [B, latent], logits of the category [B, categories]; float32 under autocast."""
         if x.dim() != 2 or x.shape[1] != self.pixels or not x.is_floating_point():
             raise ValueError(f"x: expected float [B, {self.pixels}], got {x.dtype} {list(x.shape)}")
-        out = _full(self.encoder(torch.cat([x, told], 1)))
+        out = full(self.encoder(torch.cat([x, told], 1)))
         mean, logvar, logits = out.split([self.latent, self.latent, self.categories], 1)
         return mean, logvar, logits
 
     def _decode(self, z: Tensor, told: Tensor) -> Tensor:
         """Logits of the pixels."""
-        return _full(self.decoder(torch.cat([z, told], -1)))
+        return full(self.decoder(torch.cat([z, told], -1)))
 
     def _score(self, x: Tensor, z: Tensor, told: Tensor) -> Tensor:
         """ln p(x | z) [B]"""
@@ -329,11 +329,6 @@ def _layers(widths: Sequence[int]) -> nn.Sequential:
     for inside, outside in pairwise(widths):
         made += [nn.Linear(inside, outside), nn.ReLU()]
     return nn.Sequential(*made[:-1])
-
-
-def _full(x: Tensor) -> Tensor:
-    """What is scored stays float32 under autocast."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:

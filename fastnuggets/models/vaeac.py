@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastnuggets import ops
 from fastnuggets.models.conditional_gaussian import ConditionalGaussian
-from fastnuggets.ops.sample import Key
+from fastnuggets.ops.sample import Key, counted_keys
 
 LEAST_STD = 1e-3  # of a latent number
 PRIOR_MEAN = 1e4  # standard deviation of the hyperprior of the prior's means
@@ -102,7 +102,7 @@ class Conditional(nn.Module):
         """
         seen = self._seen(x, mask)
         prior, memory = self._prior(seen)
-        keys = _keys(x.device, key, 3)
+        keys = counted_keys(3, x.device, key=key)
         outcome = self._outcome(ops.rsample_normal(*prior, key=keys[0]), memory)
         drawn = self._drawn(outcome, [] if likeliest else keys[1:])
         return torch.where(seen.hidden, drawn.to(x.dtype), x)
@@ -252,9 +252,7 @@ class VAEAC(Conditional):
         x = F.leaky_relu(self.first(z), self.slope)
         for layer, seen in zip(self.generator, reversed(layers[1:]), strict=True):
             x = x + F.leaky_relu(layer(torch.cat([x, seen], 1)), self.slope)
-        # The moments of what is scored stay float32 under autocast.
-        outputs = self.last(torch.cat([x, layers[0]], 1))
-        outputs = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+        outputs = full(self.last(torch.cat([x, layers[0]], 1)))
         numbers = len(self.number)
         mean = start.mean + start.std * outputs[:, :numbers]
         if self.sigma is None:
@@ -319,17 +317,15 @@ def _layers(widths: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
 
 
+def full(x: Tensor) -> Tensor:
+    """What is scored stays float32 under autocast."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def normal(moments: Tensor) -> Normal:
-    moments = moments.float() if moments.dtype in (torch.bfloat16, torch.float16) else moments
-    mean, spread = moments.chunk(2, 1)
+    mean, spread = full(moments).chunk(2, 1)
     return Normal(mean, F.softplus(spread).clamp(min=LEAST_STD))
 
 
 def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-
-
-def _keys(device: torch.device, key: Key, count: int) -> list[Tensor]:
-    """Independent keys from one."""
-    offset = torch.arange(count, device=device)
-    return list(ops.noise_key(device, key=key) + torch.stack([torch.zeros_like(offset), offset], 1))

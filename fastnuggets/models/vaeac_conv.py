@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnuggets import ops
-from fastnuggets.models.vaeac import Conditional, Normal, Seen, log_normal, normal
+from fastnuggets.models.vaeac import Conditional, Normal, Seen, full, log_normal, normal
 
 CELEBA = (8, 8, 16, 32, 64, 128, 256, 512)  # features of each scale of the published network, for 128 x 128 pixels
 
@@ -90,9 +90,7 @@ class VAEACConv(Conditional):
 
     def _outcome(self, z: Tensor, memory: Sequence[Tensor]) -> Normal:
         """Mean and standard deviation of every value, [B, C, H, W]."""
-        outputs = self.generator(z.unflatten(1, (self.latent, *memory[-1].shape[2:])), memory)
-        # The moments of what is scored stay float32 under autocast.
-        outputs = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+        outputs = full(self.generator(z.unflatten(1, (self.latent, *memory[-1].shape[2:])), memory))
         if self.sigma is not None:
             return Normal(outputs, torch.full_like(outputs, self.sigma))
         mean, spread = outputs.chunk(2, 1)

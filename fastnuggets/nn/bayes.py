@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastnuggets import ops
 from fastnuggets.nn.weights import Held, Posterior, holds, wide
-from fastnuggets.ops.sample import Key
+from fastnuggets.ops.sample import Key, counted_keys
 
 SAMPLINGS = ("local", "weight", "flipout")
 # Those of the op's forms that any real number is right for.
@@ -329,7 +329,4 @@ def _variance(spread: Tensor, form: str) -> Tensor:
 
 def _keys(key: Key, device: torch.device, n: int) -> list[Key]:
     """n keys: a given one with its offset counted on, or each to be drawn."""
-    if key is None:
-        return [None] * n
-    seed, offset = ops.noise_key(device, key=key).unbind()
-    return [torch.stack((seed, offset + i)) for i in range(n)]
+    return [None] * n if key is None else [*counted_keys(n, device, key=key)]

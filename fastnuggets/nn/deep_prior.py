@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from fastnuggets import ops
 from fastnuggets.nn.bayes import BayesConv2d
 from fastnuggets.nn.weights import wide
-from fastnuggets.ops.sample import Key, _log_std
+from fastnuggets.ops.sample import Key, _log_std, counted_keys
 
 LN_2_PI_E = 1 + math.log(2 * math.pi)
 
@@ -84,7 +84,7 @@ class DeepWeightPrior:
         float64 for float64 weights, else float32; differentiable in mean and spread as long as the vae is, and given
         the key deterministic. Does not synchronise. Memory: the activations of the vae, for all kernels at once.
         """
-        keys = _keys(mean.device, 2, key)
+        keys = counted_keys(2, mean.device, key=key)
         mean, spread = wide(mean), wide(spread)
         w = ops.rsample_normal(mean, spread, form=form, key=keys[0])
         kernels = _kernels(w, self.vae.size).to(next(self.vae.parameters()).dtype)
@@ -139,7 +139,7 @@ def dwp_init_(target: Changed, vae: KernelModel, *, key: Key = None, generator: 
         weights = [target]
     else:
         weights = [layer.weight for layer in _layers(target, nn.Conv2d, vae.size)]
-    keys = _keys(weights[0].device, 2 * len(weights), key, generator)[::2]
+    keys = counted_keys(2 * len(weights), weights[0].device, key=key, generator=generator)[::2]
     for weight, each in zip(weights, keys, strict=True):
         kernels = _kernels(weight, vae.size)
         weight.copy_(vae.sample(len(kernels), key=each).view_as(weight))
@@ -168,10 +168,3 @@ def _kernels(weight: Tensor, size: int) -> Tensor:
     if weight.dim() != 4 or weight.shape[2:] != (size, size):
         raise ValueError(f"weights: expected [out, in, {size}, {size}], got {list(weight.shape)}")
     return weight.flatten(0, 1)
-
-
-def _keys(device: torch.device, n: int, key: Key, generator: Generator | None = None) -> list[Tensor]:
-    """n keys: one, given or drawn, with its offset counted on."""
-    offset = torch.arange(n, device=device)
-    first = ops.noise_key(device, key=key, generator=generator)
-    return list(first + torch.stack([torch.zeros_like(offset), offset], 1))

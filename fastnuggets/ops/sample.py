@@ -59,6 +59,15 @@ def noise_key(device: torch.device | str = "cpu", *, key: Key = None, generator:
     return drawn.to(device)
 
 
+def counted_keys(
+    n: int, device: torch.device | str = "cpu", *, key: Key = None, generator: Generator | None = None
+) -> list[Tensor]:
+    """n keys for one call's several draws: :func:`noise_key`'s, with its offset counted on."""
+    offset = torch.arange(n, device=device)
+    first = noise_key(device, key=key, generator=generator)
+    return list(first + torch.stack([torch.zeros_like(offset), offset], 1))
+
+
 def noise(
     kind: str,
     size: Sequence[int],
