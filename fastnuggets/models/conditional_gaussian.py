@@ -34,8 +34,10 @@ class ConditionalGaussian(nn.Module):
         """x [B, E] float, hidden [B, E] bool -> means and standard deviations [B, E] given what is not hidden; of that
         itself, x and 0. What x holds where it is hidden does not matter, but must be finite."""
         with torch.autocast(x.device.type, enabled=False):  # differences of nearly equal numbers
-            mean, within = _moments(x, ~hidden, self.center.to(x), self.covariance.to(x))
-        return torch.where(hidden, mean, x), within.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * hidden
+            covariance = self.covariance.to(x)
+            mean, across, gain = _given(x, ~hidden, self.center.to(x), covariance)
+            var = covariance.diagonal() - (across * gain).sum(1)
+        return torch.where(hidden, mean, x), var.clamp(min=0).sqrt() * hidden
 
     @torch.no_grad()
     def estimate(self, x: Tensor) -> None:
@@ -61,9 +63,11 @@ class ConditionalGaussian(nn.Module):
 def _round(x: Tensor, known: Tensor, center: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     means, within = [], torch.zeros_like(covariance)
     for values, there in zip(x.split(_BLOCK), known.split(_BLOCK), strict=True):
-        mean, uncertain = _moments(values, there, center, covariance)
+        mean, across, gain = _given(values, there, center, covariance)
         means.append(torch.where(there, values, mean))
-        within += uncertain.sum(0)
+        gone = (~there).to(x.dtype)
+        left = covariance - across.mT @ gain
+        within += (left * gone[:, :, None] * gone[:, None, :]).sum(0)
     filled = torch.cat(means)
     center = filled.mean(0)
     apart = filled - center
@@ -71,15 +75,12 @@ def _round(x: Tensor, known: Tensor, center: Tensor, covariance: Tensor) -> tupl
     return center, (apart.T @ apart + within + prior) / (len(filled) + PSEUDO_ROWS)
 
 
-def _moments(x: Tensor, known: Tensor, center: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Conditional means [B, E], and covariances [B, E, E] with zeros where something is known."""
+def _given(x: Tensor, known: Tensor, center: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Conditional means [B, E]; the covariances of what is known with all [B, E, E], and the weights of what is known
+    in all: their product is what knowing takes from the covariance."""
     there = known.to(x.dtype)
     # The covariance of what is known, and the identity elsewhere: one shape for all patterns of gaps.
     system = covariance * there[:, :, None] * there[:, None, :] + torch.diag_embed(1 - there)
-    factor = torch.linalg.cholesky(system)
-    across = there[:, :, None] * covariance  # known x all
-    gain = torch.cholesky_solve(across, factor)
-    mean = center + torch.einsum("bke,bk->be", gain, (x - center) * there)
-    within = covariance - covariance @ (there[:, :, None] * gain)
-    gone = 1 - there
-    return mean, within * gone[:, :, None] * gone[:, None, :]
+    across = there[:, :, None] * covariance
+    gain = torch.cholesky_solve(across, torch.linalg.cholesky(system))
+    return center + torch.einsum("bke,bk->be", gain, (x - center) * there), across, gain
