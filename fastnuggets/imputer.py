@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastnuggets.molecules.files import need
-from fastnuggets.systems.run import BEST, How, learn
+from fastnuggets.systems.run import How, learn, settle
 from fastnuggets.systems.tables import Column
 from fastnuggets.systems.vaeac import VaeacSettings, VaeacSystem, split
 
@@ -173,10 +173,7 @@ class VAEACImputer(_base.OneToOneFeatureMixin, _base.TransformerMixin, _base.Bas
             )
             system.model.to(self.device)
             learn(system, data, Path(folder), How(self.seed_, self.device), progress=self.verbose > 0)
-            best = torch.load(Path(folder) / BEST, map_location=self.device, weights_only=True)
-            system.model.load_state_dict(best)
-            system.model.eval()
-            system.end(data)
+            settle(system, data, Path(folder))
         del system.optimizer  # twice the size of the network, and of no more use
         return system
 

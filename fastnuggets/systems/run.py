@@ -214,10 +214,15 @@ def _averager(system: System, how: How, steps: int) -> WeightAverager:
     return WeightAverager(system.model, "swa", start=3 * steps // 4, every=max(1, steps // 400))
 
 
-def _finish(system: System, examples: Any, out: Path, config: dict[str, Any], last: Checkpoint) -> None:
+def settle(system: System, examples: Any, out: Path) -> None:
+    """After `learn`: take the weights that validation found best, and what the system chooses with them."""
     system.model.load_state_dict(torch.load(out / BEST, map_location=system.device, weights_only=True))
     system.model.eval()
     system.end(examples)
+
+
+def _finish(system: System, examples: Any, out: Path, config: dict[str, Any], last: Checkpoint) -> None:
+    settle(system, examples, out)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in system.model.state_dict().items()}
     with atomic_write(out / WEIGHTS) as file:
         file.write(need("safetensors.torch", "systems").save(state, {"system": config["system"]}))
