@@ -192,10 +192,16 @@ def load(task: Task, seed: int) -> Data:
     order = torch.randperm(len(images), generator=generator)
     train, test = order[: task.images], order[task.images :]
     images = (images - images[train].mean()) / images[train].std()
-    given = labels[train].clone()
-    wrong = torch.randperm(task.images, generator=generator)[: round(task.images * task.wrong)]
-    given[wrong] = (given[wrong] + torch.randint(1, CLASSES, (len(wrong),), generator=generator)) % CLASSES
+    given = mislabelled(labels[train], task.wrong, generator)
     return Data(images[train], given, images[test], labels[test])
+
+
+def mislabelled(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Labels of which a share is replaced by another class, at random."""
+    wrong = torch.randperm(len(labels), generator=generator)[: round(len(labels) * share)]
+    given = labels.clone()
+    given[wrong] = (given[wrong] + torch.randint(1, CLASSES, (len(wrong),), generator=generator)) % CLASSES
+    return given
 
 
 def network(task: Task, plan: Plan) -> nn.Sequential:

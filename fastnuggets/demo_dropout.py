@@ -16,14 +16,13 @@ from torch.nn import LayerNorm, Linear, Module, ReLU, Sequential
 from torch.nn.functional import affine_grid, avg_pool2d, conv2d, cross_entropy, grid_sample, pad
 
 from fastnuggets import nn
-from fastnuggets.demo_average import predict, score
+from fastnuggets.demo_average import CLASSES, mislabelled, predict, score
 from fastnuggets.demo_sample import turn
 from fastnuggets.molecules.files import need
 from fastnuggets.parts import Parts, command, one_thread, settings
 from fastnuggets.training import WeightAverager
 from fastnuggets.training.schedules import FlatLinearFlatLR
 
-CLASSES = 10
 LETTERS = string.ascii_letters
 FACES = (
     "DejaVuSans",
@@ -176,9 +175,7 @@ def load(task: Task, plan: Plan, seed: int) -> Data:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pixels), generator=generator)
     images, labels = torch.tensor(pixels, dtype=torch.float32)[order], torch.tensor(digits)[order]
-    train, given = images[: task.images], labels[: task.images].clone()
-    wrong = torch.randperm(task.images, generator=generator)[: round(task.images * task.wrong)]
-    given[wrong] = (given[wrong] + torch.randint(1, CLASSES, (len(wrong),), generator=generator)) % CLASSES
+    train, given = images[: task.images], mislabelled(labels[: task.images], task.wrong, generator)
     # The last images are the tests of all tasks alike.
     test, test_labels = images[-plan.tested :], labels[-plan.tested :]
     tests = {CLEAN: test} | {shift: shifted(shift, test, generator) for shift in SHIFTS}
