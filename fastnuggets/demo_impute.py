@@ -15,6 +15,7 @@ import torch
 from fastnuggets.models.conditional_gaussian import ConditionalGaussian
 from fastnuggets.molecules.files import need
 from fastnuggets.parts import Parts, command, one_thread, settings
+from fastnuggets.systems.vaeac import DRAWN, interval
 
 TABLES = ("wine", "breast cancer", "diabetes")
 OURS = "VAEAC"
@@ -22,7 +23,6 @@ NORMAL = "normal"  # the distribution that VAEAC begins as, and nothing that it 
 PEERS = ("mean", "kNN", "iterative", "forest")
 METHODS = (*PEERS, NORMAL, OURS)
 SAMPLED = ("iterative", NORMAL, OURS)  # those that draw, and so have intervals
-DRAWN = 39  # the interval from the second least draw to the second largest then has 90 %
 
 
 class Plan(NamedTuple):
@@ -199,8 +199,7 @@ def judge(
     wrong = [(places != table.categories)[gone, j].mean() for j, gone in enumerate(hidden[:, count:].T) if gone.any()]
     found = {"nrmse": float(np.mean(errors)), "pfc": float(np.mean(wrong))}
     if drawn is not None:
-        ordered = np.sort(drawn, 0)
-        low, high = ordered[1], ordered[-2]
+        low, high = (end.numpy() for end in interval(torch.from_numpy(drawn)))
         found["coverage"] = float(((table.numbers >= low) & (table.numbers <= high))[lost].mean())
         found["width"] = float((high - low)[lost].mean())
     return found

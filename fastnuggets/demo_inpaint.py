@@ -19,6 +19,7 @@ from fastnuggets.models import VAEACConv
 from fastnuggets.molecules.files import need
 from fastnuggets.parts import Parts, command, one_thread, settings
 from fastnuggets.systems import masks
+from fastnuggets.systems.vaeac import DRAWN, interval
 
 SETS = ("digits", "photographs")
 # Three are held out at a time, a texture among each.
@@ -34,7 +35,6 @@ KINDS = ("half", "rectangle", "small hole", "50 % of pixels", "95 % of pixels")
 OURS = "VAEACConv"
 SAMPLED = ("nearest", "normal", OURS)
 METHODS = ("mean", "nearest", "normal", "biharmonic", "Telea", OURS)
-DRAWN = 39  # the interval from the second least draw to the second largest then has 90 %
 AVERAGED = 10
 PICTURED = 2  # images of a kind
 SHOWN = 5  # draws of each
@@ -372,7 +372,7 @@ def judge(filled: Filled, truth: Tensor, mask: Tensor) -> dict[str, float]:
     found = {"rmse": rmse(filled.mean)}
     found["psnr"] = -20 * math.log10(found["rmse"])
     if filled.draws is not None:
-        low, high = filled.draws.sort(0).values[[1, -2]]
+        low, high = interval(filled.draws)
         found["draw"] = rmse(filled.draws[0])
         found["coverage"] = ((truth >= low) & (truth <= high))[mask].double().mean().item()
         found["width"] = (high - low)[mask].double().mean().item()

@@ -9,7 +9,6 @@ import numpy as np
 from fastnuggets.demo_inpaint import (
     AVERAGED,
     BOUND,
-    DRAWN,
     METHODS,
     OURS,
     PHOTOGRAPHS,
@@ -23,6 +22,7 @@ from fastnuggets.demo_inpaint import (
 from fastnuggets.figures import INK, chart, duration, svg, table, tiled
 from fastnuggets.page import HEAD, write_page
 from fastnuggets.report_average import common_fields, paired, spread
+from fastnuggets.systems.vaeac import DRAWN
 
 TITLE = "What may have been there"
 COLORS = {

@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 
 from fastnuggets import demo, demo_inpaint, report_inpaint
 from fastnuggets.demo_inpaint import (
-    DRAWN,
     KINDS,
     METHODS,
     PHOTOGRAPHS,
@@ -32,6 +31,7 @@ from fastnuggets.demo_inpaint import (
     patches,
     telea,
 )
+from fastnuggets.systems.vaeac import DRAWN
 
 TINY = Plan(seeds=2, steps=2, tested=4, kinds=("half", "small hole"), batch=4, widths=(4, 4, 4, 4), latent=2)
 

@@ -27,8 +27,7 @@ _VALIDATED = 1000  # held-out rows at most: each goes through the network as oft
 _COVERED = "coverage of 90 %"
 _WIDER = (0.9, 1.0, 1.1, 1.2, 1.35, 1.5)  # factors of the deviations that are tried at the end
 _BOUND = 25  # samples of the bound that validation measures
-# Of a number and n draws that are distributed as it is, it is below the second least with a chance of 2 / (n + 1).
-_DRAWN = 39  # samples, so that the interval from the second least to the second largest has 90 %
+DRAWN = 39  # samples that `interval` takes
 
 
 Filled = dict[str, dict[int, str]]
@@ -130,14 +129,16 @@ class VaeacSystem(System[Split]):
 
         Rows that the distribution was taken from would find it right as it is: for once it is that of the others.
         """
+        if self.settings.sigma or all(column.categories for column in self.columns):
+            return
         self.model.estimate(data.train.to(self.device))
         rows = data.test[:_VALIDATED].repeat(max(1, _VALIDATED // len(data.test)), 1)
         mask = self._hidden(rows, 0)
         wrong = {}
-        for factor in _WIDER if self.settings.sigma == 0 else (1.0,):
+        for factor in _WIDER:
             self.model.widened.fill_(factor)
             wrong[factor] = abs(self._scores(rows, mask, 0).get(_COVERED, 0.9) - 0.9)
-        self.model.widened.fill_(min(wrong, key=lambda factor: wrong[factor]))
+        self.model.widened.fill_(min(wrong, key=lambda factor: (wrong[factor], abs(factor - 1))))
         self.begin(data)
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
@@ -186,7 +187,7 @@ class VaeacSystem(System[Split]):
         return {"nats a cell": nats / max(1, int(mask.sum()))} | self._scores(x, mask, seed + 1)
 
     def _scores(self, x: Tensor, mask: Tensor, seed: int) -> dict[str, float]:
-        drawn = torch.stack([of.masked_fill(~mask, 0.0) for of in self.samples(x, mask, _DRAWN, seed=seed)])
+        drawn = torch.stack([of.masked_fill(~mask, 0.0) for of in self.samples(x, mask, DRAWN, seed=seed)])
         return scores(drawn, x, mask, self.columns)
 
     def _hidden(self, x: Tensor, seed: int) -> Tensor:
@@ -280,10 +281,19 @@ def scores(drawn: Tensor, x: Tensor, mask: Tensor, columns: Sequence[Column]) ->
             wrong.append((made.mode(0).values != truth).double().mean().item())
             continue
         errors.append((made.mean(0) - truth).double().square().mean().sqrt().item())
-        ordered = made.sort(0).values
-        covered.append(((truth >= ordered[1]) & (truth <= ordered[-2])).double().mean().item())
+        low, high = interval(made)
+        covered.append(((truth >= low) & (truth <= high)).double().mean().item())
     named = {"nrmse": errors, _COVERED: covered, "pfc": wrong}
     return {name: sum(values) / len(values) for name, values in named.items() if values}
+
+
+def interval(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the interval that holds 90 %, of samples [DRAWN, ...]: the second least and the second largest.
+
+    Of a number and n draws that are distributed as it is, it is below the second least with a chance of 2 / (n + 1).
+    """
+    low, high = drawn.sort(0).values[[1, -2]]
+    return low, high
 
 
 def names(text: str) -> list[str]:
