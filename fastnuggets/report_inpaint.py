@@ -120,8 +120,9 @@ $size_table
 and scikit-learn, grey, $shrunk × $shrunk pixels made one, in patches of 16 × 16; each seed holds out three others
 whole: $held_out. Masks: $masks. VAEACConv learns with these in equal parts, and as often with the published
 mixture (rectangles of 30 to 100 %, the centre, spots, 95 % of the pixels, halves; but for six rectangles about parts
-of a face). Adam, a rate from $rate linearly to 0, gradients clipped at a norm of 1, the weights it ends with. Its
-settings were looked at on these images: a demonstration, no benchmark.</p>
+of a face). Adam, a rate from $rate linearly to 0, gradients clipped at a norm of 1, the weights it ends with;
+in the first $warmed % of the steps the weight of the divergence grows from 0 to 1 (Bowman and others, 2016), without
+which the code says little. Its settings were looked at on these images: a demonstration, no benchmark.</p>
 <p>Peers: the mean image; the most similar training images by what is seen; a normal distribution with the covariance
 of the training images, shrunk after Ledoit and Wolf (2004), whose conditional mean is the linear regression of each
 hidden pixel on all seen ones; scikit-image's biharmonic inpainting; OpenCV's inpainting after Telea (2004), with a
@@ -171,6 +172,7 @@ def write(result: Result, out: Path) -> Path:
         "coverage_text": _coverage_text(result),
         "scales": f"{len(plan.widths)} or {len(plan.widths) + 1}",
         "widths": f"{min(plan.widths)} to {max(plan.widths)}",
+        "warmed": f"{100 * plan.warmed:.0f}",
         "weights": " and ".join(f"{result.facts[name][0]['parameters']:,}" for name in SETS),
         "limits": _limits(result),
         "size_table": table(
