@@ -82,14 +82,15 @@ class Plan(NamedTuple):
     vae_batch: int = 128
     vae_rate: float = 3e-3
     rate: float = 0.003
+    spread_rate: float = 0.06  # of logarithms of deviations, which have far to go
     log_std: float = -5.0  # of the weights, at first
     passes: int = 10
     tested: int = 1000
-    looks: tuple[int, ...] = (5, 10, 20, 40, 80)  # steps after which a plain network is judged too
+    looks: tuple[int, ...] = (5, 10, 20, 40, 80, 200)  # steps after which a plain network is judged too
     kernels: int = 16  # shown of each kind
 
 
-STANDARD = Plan(seeds=5, sources=40, source_steps=250, vae_steps=500, steps=200)
+STANDARD = Plan(seeds=5, sources=40, source_steps=250, vae_steps=500, steps=600)
 QUICK = Plan(seeds=2, sources=6, source_steps=150, vae_steps=200, steps=80, counts=(10, 50), looks=(5, 10, 20, 40))
 
 
@@ -386,7 +387,10 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = prepare(method, plan, vaes)
-        optimizer = torch.optim.Adam(model.parameters(), plan.rate)
+        spreads = _spreads(model)
+        others = [p for p in model.parameters() if all(p is not spread for spread in spreads)]
+        groups = [{"params": others}, {"params": spreads, "lr": plan.spread_rate}]
+        optimizer = torch.optim.Adam(groups, plan.rate)
         rate = LinearLR(optimizer, 1.0, 0.0, plan.steps)
         seen = {}
         for step in range(1, plan.steps + 1):
@@ -428,6 +432,11 @@ def digits(plan: Plan, count: int, seed: int, vaes: Sequence[KernelVAE], tick: C
         }
         filters[method.name] = model[CONVOLUTIONS[0]].weight.detach().flatten(0, 1)
     return {"scores": scores, "filters": filters}
+
+
+def _spreads(model: Sequential) -> list[Tensor]:
+    """Logarithms of deviations, or of variances, of random weights and biases."""
+    return [p for name, p in model.named_parameters() if name.endswith(("_log_std", "log_sigma2"))]
 
 
 def _log_std(model: Sequential) -> float:
