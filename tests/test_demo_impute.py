@@ -7,7 +7,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fastnuggets import demo, demo_impute, report_impute
-from fastnuggets.demo_impute import METHODS, Plan, Table, judge, load
+from fastnuggets.demo_impute import METHODS, Plan, Result, Table, judge, load
 
 TINY = Plan(seeds=2, tables=("wine",), shares=(0.3,), steps=2, rounds=1, trees=2)
 
@@ -31,6 +31,21 @@ def test_tables(name, rows, numbers, categories):
     table = load(name)
     assert table.numbers.shape == (rows, numbers) and set(table.categories.flatten()) == set(range(categories))
     assert np.allclose(table.numbers.mean(0), 0) and np.allclose(table.numbers.std(0), 1)
+
+
+def test_counts_and_calibration_by_hand():
+    """Of two rows ours is below every peer in one and above one in the other; the normal distribution is no peer."""
+
+    def scores(ours, least):
+        one = {method: {"nrmse": 2.0, "pfc": 0.5, "coverage": 0.8} for method in METHODS}
+        one["kNN"]["nrmse"], one["normal"]["nrmse"] = least, 0.1
+        one["VAEAC"] |= {"nrmse": ours, "coverage": 0.94}
+        return [one, one]
+
+    result = Result(TINY, {}, {"a": scores(1.0, 1.5), "b": scores(1.0, 0.9)}, 0.0, 0, 0)
+    assert report_impute._ahead(result, "nrmse") == 1 and report_impute._ahead(result, "pfc") == 2
+    told = report_impute._covered(result)
+    assert "iterative 80 to 80 %, on average 10.0 off" in told and "VAEAC 94 to 94 %, on average 4.0 off" in told
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
