@@ -221,9 +221,8 @@ def train(plan: Plan, name: str, data: Data, seed: int, tick: Callable[[], objec
     pool = torch.cat([tested, masks.inpainting(len(tested), side, side, generator)])
     for step in range(plan.steps):
         images = data.train[torch.randint(len(data.train), (plan.batch,), generator=generator)]
-        if name == "photographs":  # the mirror image of one is another
-            turned = torch.rand(plan.batch, 1, 1, 1, generator=generator) < 0.5
-            images = torch.where(turned, images.flip(3), images)
+        if name == "photographs":
+            images = varied(images, generator)
         mask = pool[torch.randint(len(pool), (plan.batch,), generator=generator)][:, None]
         images, key = (data.spread(images, generator) - centre) / scale, ops.noise_key(generator=generator)
         bound = model.bound(images, mask, key=key)
@@ -236,6 +235,19 @@ def train(plan: Plan, name: str, data: Data, seed: int, tick: Callable[[], objec
         rate.step()
         tick()
     return model.eval()
+
+
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Photographs that might have been: mirrored, on their side, of another contrast and brightness."""
+
+    def uniform() -> Tensor:
+        return torch.rand(len(images), 1, 1, 1, generator=generator)
+
+    images = torch.where(uniform() < 0.5, images.flip(3), images)
+    images = torch.where(uniform() < 0.5, images.flip(2), images)
+    images = torch.where(uniform() < 0.5, images.mT, images)
+    middle = images.mean((1, 2, 3), keepdim=True)
+    return (0.4 + 0.8 * uniform()) * (images - middle) + middle + 0.3 * (uniform() - 0.5)
 
 
 def standard(data: Data) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,8 @@ $size_table
 and scikit-learn, grey, $shrunk × $shrunk pixels made one, in patches of 16 × 16; each seed holds out three others
 whole: $held_out. Masks: $masks. VAEACConv learns with these in equal parts, and as often with the published
 mixture (rectangles of 30 to 100 %, the centre, spots, 95 % of the pixels, halves; but for six rectangles about parts
-of a face). Adam, a rate from $rate linearly to 0, gradients clipped at a norm of 1, the weights it ends with;
+of a face), and with photographs mirrored, on their side, and of other contrast and brightness, which the peers do not
+see. Adam, a rate from $rate linearly to 0, gradients clipped at a norm of 1, the weights it ends with;
 in the first $warmed % of the steps the weight of the divergence grows from 0 to 1 (Bowman and others, 2016), without
 which the code says little. Its settings were looked at on these images: a demonstration, no benchmark.</p>
 <p>Peers: the mean image; the most similar training images by what is seen; a normal distribution with the covariance

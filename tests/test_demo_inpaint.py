@@ -30,6 +30,7 @@ from fastnuggets.demo_inpaint import (
     normal,
     patches,
     telea,
+    varied,
 )
 from fastnuggets.systems.vaeac import DRAWN
 
@@ -84,6 +85,21 @@ def test_photographs_are_held_out_whole():
     known = {tuple(patch.flatten().tolist()) for patch in one.train}
     assert all(tuple(patch.flatten().tolist()) in known for patch in two.test)
     assert not any(tuple(patch.flatten().tolist()) in known for patch in one.test)
+
+
+def test_varied_photographs_have_the_same_shapes():
+    """Up to one of eight symmetries a varied image is a line in the original: another contrast, another brightness."""
+    images = torch.rand(40, 1, 4, 4, generator=generator())
+    seen, contrasts = set(), []
+    for image, made in zip(images, varied(images, generator(1)), strict=True):
+        turned = [symmetry for side in (image, image.mT) for symmetry in (side, side.flip(1), side.flip(2))]
+        turned += [side.flip(1, 2) for side in (image, image.mT)]
+        told = [float(np.corrcoef(one.flatten(), made.flatten())[0, 1]) for one in turned]
+        assert max(told) == pytest.approx(1, abs=1e-5)
+        seen.add(int(np.argmax(told)))
+        contrasts.append((made.std() / image.std()).item())
+        assert abs(made.mean() - image.mean()) < 0.151
+    assert len(seen) == 8 and 0.4 <= min(contrasts) < 0.6 and 1 < max(contrasts) < 1.2001
 
 
 def test_patches():
