@@ -271,16 +271,25 @@ def _draw_text(result: Result) -> str:
         ]
         ratios.append(f"{name} {np.mean(found):.2f}")
     verdicts = [_verdict(result, *row, "normal", "draw") for row in _rows(result)]
-    shares = {name: np.mean([_of_code(result, name, kind) for kind in result.plan.kinds]) for name in SETS}
+    shares = _shares(result)
     said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-    most = min(shares.values()) > 0.5
     return (
         f"A draw of VAEACConv has so many times the error of its mean, over all kinds: {', '.join(ratios)}. Against a "
         f"draw of the normal distribution it is better in {verdicts.count(1)} rows, worse in {verdicts.count(-1)}, not "
         f"told apart in {verdicts.count(0)}. Of the variance of its draws so much comes from the code, the rest from "
         f"the noise of single pixels: {said}. "
-        + ("Most of what differs is shape." if most else "<b>Its draws differ in grain more than in shape.</b>")
+        + " ".join(
+            f"On {name} most of what differs is shape."
+            if share > 0.5
+            else f"<b>On {name} its draws differ in grain more than in shape.</b>"
+            for name, share in shares.items()
+        )
     )
+
+
+def _shares(result: Result) -> dict[str, float]:
+    """Of each set, the code's share of a draw's variance, mean over the kinds of masks."""
+    return {name: float(np.mean([_of_code(result, name, kind) for kind in result.plan.kinds])) for name in SETS}
 
 
 def _of_code(result: Result, name: str, kind: str) -> float:
@@ -334,8 +343,10 @@ def _limits(result: Result) -> str:
     wrong = [f"{name}, {kind}" for name, kind in _rows(result) if _verdict(result, name, kind, "normal", "nats", 1) < 0]
     if wrong:
         parts.append(f"The normal distribution finds the truth likelier in: {'; '.join(wrong)}.")
-    if min(np.mean([_of_code(result, name, kind) for kind in result.plan.kinds]) for name in SETS) < 0.5:
-        parts.append("The diversity that the paper shows is hardly there: see the shares of the code above.")
+    if grainy := [name for name, share in _shares(result).items() if share < 0.5]:
+        parts.append(
+            f"On {' and '.join(grainy)} the diversity that the paper shows is hardly there: see the shares above."
+        )
     parts.append(
         "A network this small and briefly trained is no measure of what the published one does on large images, where "
         "what is hidden has parts, such as an eye, that no interpolation and no linear regression can know of."
