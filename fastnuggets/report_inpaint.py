@@ -116,9 +116,9 @@ either set. Measured is what the tables say; whether a filling looks right to a 
 <section>
 <h2>What was done</h2>
 $size_table
-<p>Digits: scikit-learn's, 8 × 8 pixels, split at random. Photographs: $photographs pictures that ship with scikit-image
-and scikit-learn, grey, $shrunk × $shrunk pixels made one, in patches of 16 × 16; each seed holds out three others
-whole: $held_out. Masks: $masks. VAEACConv learns with these in equal parts, and as often with the published
+<p>Digits: scikit-learn's, 8 × 8 pixels, split at random. Photographs: $photographs pictures that ship with
+scikit-image and scikit-learn, grey, $shrunk × $shrunk pixels made one, in patches of 16 × 16; each seed holds out three
+others whole: $held_out. Masks: $masks. VAEACConv learns with these in equal parts, and as often with the published
 mixture (rectangles of 30 to 100 %, the centre, spots, 95 % of the pixels, halves; but for six rectangles about parts
 of a face), and with photographs mirrored, on their side, and of other contrast and brightness, which the peers do not
 see. Adam, a rate from $rate linearly to 0, gradients clipped at a norm of 1, the weights it ends with;

@@ -402,7 +402,9 @@ def _chart(result: Result, metric: Metric) -> str:
     axis.set_xlabel("labels", color=INK)
     axis.set_ylabel(metric.name, color=INK)
     if metric is ACCURACY:
-        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        axis.legend(
+            frameon=False, fontsize=8.5, labelcolor=INK, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.16)
+        )
     return svg(figure, f"{metric.name} by the number of labels, for each prior")
 
 
