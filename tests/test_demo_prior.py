@@ -132,6 +132,8 @@ def test_methods_are_judged_and_differ(done):
             found = scores[method.name][0]
             assert found["nll"] > 0 and (found["kl"] != 0) == bool(method.prior)
             assert list(found["looks"]) == ([] if method.prior else ["2", "5"])
+        # Eight of Adam's steps, the mean of whose rates is 9/16 of the first; at that of the means it would be -4.99.
+        assert scores[NORMAL.name][0]["log_std"] == pytest.approx(-5 + 8 * 0.06 * 9 / 16, abs=0.05)
 
 
 def test_page(done):

@@ -597,6 +597,17 @@ def test_deviations_are_widened_to_what_held_out_rows_have(learned, factor):
     assert fixed.model.widened == 1
 
 
+def test_deviations_stay_where_no_held_out_number_tells_a_factor():
+    """Two held-out rows whose only numbers are gaps: nothing is hidden of them that could be covered."""
+    vaeac = find("vaeac")
+    columns = [list(tables.Column("a", "number")), list(tables.Column("b", "categorical", ["x", "y"]))]
+    system = vaeac(vaeac.Settings(linear=False, width=4, depth=1, latent=1), {"columns": columns, "learned": 9})
+    system.model.eval()
+    held = torch.tensor([[math.nan, 0.0], [math.nan, 1.0]])
+    system.end(Split(torch.randn(9, 2).sign().clamp(min=0), held))
+    assert system.model.widened == 1
+
+
 def test_the_distribution_is_that_of_all_rows_again():
     vaeac = find("vaeac")
     columns = [list(tables.Column(name, "number")) for name in "ab"]
