@@ -6,7 +6,6 @@ import io
 import math
 import os
 import socket
-import subprocess
 import sys
 import traceback
 import weakref
@@ -513,14 +512,10 @@ def rank_of(rank, port):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="processes of POSIX")
-def test_ranks_average_the_gradients_of_both_terms():
+def test_ranks_average_the_gradients_of_both_terms(program):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, __file__, port], env=environment, timeout=100, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    program(__file__, port)
 
 
 # --- variational dropout: what it removes -----------------------------------------------------------------------------
