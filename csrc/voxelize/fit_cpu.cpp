@@ -187,15 +187,19 @@ class Solver {
     const int count = (line.last - line.first) * kLanes;
     const T *dz = m_.delta[2].data() + skip, *ez = m_.gauss[2].data() + skip;
     const T envelope = m_.gauss[0][x] * m_.gauss[1][y], amplitude = T(at[3]);
-    T* to = atom.derivatives(d, h, line.first);
-    for (int k = 0; k < count; k += kLanes) {
+    const Shape<T> kernel = kernel_;
+    T *to_x = atom.derivatives(d, h, line.first), *to_y = to_x + stride, *to_z = to_y + stride, *to_a = to_z + stride;
+    // The array is a lambda's own: as one of the loop GCC would keep it in memory, and not vectorise.
+    const auto set = [&](std::ptrdiff_t k) FN_LAMBDA {
+      T of[kUnknowns];
+      derivatives(dx, dy, dz[k], envelope * ez[k], amplitude, kernel, of);
+      to_x[k] = of[0];
+      to_y[k] = of[1];
+      to_z[k] = of[2];
+      to_a[k] = of[3];
+    };
 #pragma omp simd
-      for (int j = k; j < k + kLanes; ++j) {
-        T of[kUnknowns];
-        derivatives(dx, dy, dz[j], envelope * ez[j], amplitude, kernel_, of);
-        for (int i = 0; i < kUnknowns; ++i) to[i * stride + j] = of[i];
-      }
-    }
+    for (std::ptrdiff_t k = 0; k < count; ++k) set(k);
   }
 
   FN_HD void copy_grid(const Placed<T>& atom) {
@@ -214,16 +218,14 @@ class Solver {
       const T* value = atom.derivatives(d, h, line.first) + 3 * atom.stride();
       T* r = residual_line(d, h, line.first);
       const int count = (line.last - line.first) * kLanes;
-      for (int k = 0; k < count; k += kLanes) {
-        double sum = 0;
+      double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int j = k; j < k + kLanes; ++j) {
-          const T before = r[j];
-          r[j] = before - amplitude * value[j];
-          sum += double(r[j]) * double(r[j]) - double(before) * double(before);
-        }
-        growth += sum;
+      for (std::ptrdiff_t k = 0; k < count; ++k) {
+        const T before = r[k], after = before - amplitude * value[k];
+        r[k] = after;
+        sum += double(after) * double(after) - double(before) * double(before);
       }
+      growth += sum;
     });
     return growth;
   }
@@ -244,10 +246,13 @@ class Solver {
         const T *u = one.derivatives(d, h, first), *v = other.derivatives(d, h, first);
         for (int k = 0; k < (last - first) * kLanes; k += kLanes) {
           Group of_other[kUnknowns];
+#pragma GCC unroll 4
           for (int j = 0; j < kUnknowns; ++j) std::memcpy(&of_other[j], v + j * other_stride + k, sizeof(Group));
+#pragma GCC unroll 4
           for (int i = 0; i < kUnknowns; ++i) {
             Group of_one;
             std::memcpy(&of_one, u + i * stride + k, sizeof(Group));
+#pragma GCC unroll 4
             for (int j = 0; j < kUnknowns; ++j) sums[i][j] += of_one * of_other[j];
           }
         }

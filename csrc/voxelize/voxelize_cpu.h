@@ -43,6 +43,14 @@ struct GradientRows {
     for (int k = 0; k < n; ++k) buffer[k] = R(row[k]);
     return buffer;
   }
+  // Rows of a window lie far from one another: the processor does not foresee them.
+  FN_BODY void prefetch(std::int64_t at, int n) const {
+    if (dtype != c10::CppTypeToScalarType<R>::value) return;
+    constexpr int kLine = 64 / int(sizeof(R));
+    const R* row = static_cast<const R*>(data) + at;
+    for (int k = 0; k < n; k += kLine) __builtin_prefetch(row + k);
+    __builtin_prefetch(row + n - 1);
+  }
   FN_BODY const R* row(std::int64_t at, int n, R* buffer) const {
     if (dtype == c10::CppTypeToScalarType<R>::value) return static_cast<const R*>(data) + at;
     switch (dtype) {

@@ -52,6 +52,18 @@ FN_BODY R result(Dual<R> x) {
   return x.d;
 }
 
+// Calls f with the number of voxels of a row as a constant, where it is a usual one: loops without a test for what is
+// left over, and sums that stay in registers. 0: it is another. Only floats are worth the code.
+template <class T, class F>
+FN_BODY void with_known_count(int n, F f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (n == kLanes) return f(std::integral_constant<int, kLanes>());
+    if (n == 2 * kLanes) return f(std::integral_constant<int, 2 * kLanes>());
+    if (n == 3 * kLanes) return f(std::integral_constant<int, 3 * kLanes>());
+  }
+  f(std::integral_constant<int, 0>());
+}
+
 template <class R>
 FN_BODY R sum_of_products(const R* a, const R* b, std::ptrdiff_t n) {
   R sum = 0;
@@ -233,7 +245,7 @@ struct Row {
   }
 };
 
-template <Density D, Combine rule, class T>
+template <Density D, Combine rule, int kCount, class T>
 FN_BODY void add_to_plane(const Placed<T>& a, int x, T* plane, std::int64_t width) {
   for_rows<D>(a, x, [&](int row, T q, T envelope, int) FN_LAMBDA {
     T* line = plane + row * width + a.axis[2].first;
@@ -241,7 +253,7 @@ FN_BODY void add_to_plane(const Placed<T>& a, int x, T* plane, std::int64_t widt
     const T scaled = is_product(D) ? a.weight * envelope : envelope;
     const T weight = is_product(D) ? T(Real<T>(1)) : a.weight;
     const Row<D, T> values(a, q, scaled);
-    for_lanes(a.axis[2].count, [&](std::ptrdiff_t k) FN_LAMBDA {
+    for_lanes(kCount > 0 ? kCount : a.axis[2].count, [&](std::ptrdiff_t k) FN_LAMBDA {
       line[k] = combined(rule, line[k], is_product(D) ? values[k] : weight * values[k]);
     });
   });
@@ -250,13 +262,15 @@ FN_BODY void add_to_plane(const Placed<T>& a, int x, T* plane, std::int64_t widt
 template <Density D, class T>
 FN_BODY void add_to_plane(const Placed<T>& a, int x, Combine rule, T* plane, std::int64_t width) {
   if (rule == Combine::sum)
-    add_to_plane<D, Combine::sum>(a, x, plane, width);
+    with_known_count<T>(a.axis[2].count, [&](auto count) FN_LAMBDA {
+      add_to_plane<D, Combine::sum, decltype(count)::value>(a, x, plane, width);
+    });
   else if (rule == Combine::max)
-    add_to_plane<D, Combine::max>(a, x, plane, width);
+    add_to_plane<D, Combine::max, 0>(a, x, plane, width);
   else if (rule == Combine::set_union)
-    add_to_plane<D, Combine::set_union>(a, x, plane, width);
+    add_to_plane<D, Combine::set_union, 0>(a, x, plane, width);
   else
-    add_to_plane<D, Combine::magnitude>(a, x, plane, width);
+    add_to_plane<D, Combine::magnitude, 0>(a, x, plane, width);
 }
 
 template <class T>
@@ -343,13 +357,27 @@ FN_BODY void hide_behind_others(const Placed<T>& a, int x, int row, T q, T envel
   }
 }
 
+// Sums of each voxel of a row over the rows of a plane. Where the compiler knows how many there are they stay in
+// registers; 0: it does not, they are in `buffer`, n for each sum.
+template <int kCount, int kSums, class T>
+struct RowSums {
+  T known[kSums][kCount > 0 ? kCount : 1];
+  T* buffer;
+  int n;
+
+  FN_BODY RowSums(T* buffer_, int n_) : buffer(buffer_), n(n_) {
+    for (int i = 0; i < kSums; ++i) std::fill((*this)[i], (*this)[i] + n, T(Real<T>(0)));
+  }
+  FN_BODY T* operator[](int i) { return kCount > 0 ? known[i] : buffer + i * n; }
+};
+
 // Row sums over a plane, then one weighted sum of them: two operations a voxel.
-template <Density D, class T, class G>
+template <Density D, int kCount, class T, class G>
 FN_BODY void add_product(const Placed<T>& a, int x, bool sizes, T* buffer, G gradient_of, Sums<T>& sums) {
   const Axis<T>&ax = a.axis[0], &ay = a.axis[1], &az = a.axis[2];
-  const int n = az.count;
-  T *plain = buffer, *sloped = buffer + n, *sized = buffer + 2 * n;
-  std::fill(buffer, buffer + 3 * n, T(Real<T>(0)));
+  const int n = kCount > 0 ? kCount : az.count;
+  RowSums<kCount, 3, T> of_rows(buffer, n);
+  T *plain = of_rows[0], *sloped = of_rows[1], *sized = of_rows[2];
   for_rows<D>(a, x, [&](int row, T q, T envelope, int y) FN_LAMBDA {
     const auto* g = gradient_of(row, q, envelope);
     const T value = ay.value[y], slope = ay.slope[y];
@@ -371,44 +399,61 @@ FN_BODY void add_product(const Placed<T>& a, int x, bool sizes, T* buffer, G gra
                      ax.value[x] * (sum_of_products(sized, az.value, n) + sum_of_products(plain, az.size_slope, n)));
 }
 
-template <Density D, class T, class G>
+template <Density D, int kCount, class T, class G>
 FN_BODY void add_radial(const Placed<T>& a, int x, bool sizes, T* buffer, G gradient_of, Sums<T>& sums) {
   const Axis<T>&ay = a.axis[1], &az = a.axis[2];
-  const int n = az.count;
-  T *by_q = buffer, *by_y = buffer + n, *value = buffer + 2 * n, *size = buffer + 3 * n, *omega = buffer + 4 * n;
-  std::fill(buffer, buffer + 5 * n, T(Real<T>(0)));
+  const int n = kCount > 0 ? kCount : az.count;
+  const T *dz = az.delta, *ez = az.value;
+  const Shape<T> shape = a.shape;
+  const T two(Real<T>(2));
+  const auto add_position = [&](T* by_q, T* by_y) FN_LAMBDA {
+    sums.position[0] += widen(two * a.axis[0].delta[x] * sum_of(by_q, n));
+    sums.position[1] += widen(two * sum_of(by_y, n));
+    sums.position[2] += widen(two * sum_of_products(by_q, az.delta, n));
+  };
+  if (!sizes) {
+    RowSums<kCount, 2, T> of_rows(buffer, n);
+    T *by_q = of_rows[0], *by_y = of_rows[1];
+    for_rows<D>(a, x, [&](int row, T q, T envelope, int y) FN_LAMBDA {
+      const auto* g = gradient_of(row, q, envelope);
+      const T dy = ay.delta[y];
+      for_lanes(n, [&](std::ptrdiff_t k) FN_LAMBDA {
+        const RadialSlope<T> s = radial_slope<D>(q + dz[k] * dz[k], envelope * ez[k], shape);
+        const T t = T(g[k]) * s.q;
+        by_q[k] += t;
+        by_y[k] += dy * t;
+      });
+    });
+    add_position(by_q, by_y);
+    return;
+  }
+  RowSums<kCount, 5, T> of_rows(buffer, n);
+  T *by_q = of_rows[0], *by_y = of_rows[1], *value = of_rows[2], *size = of_rows[3], *omega = of_rows[4];
   for_rows<D>(a, x, [&](int row, T q, T envelope, int y) FN_LAMBDA {
     const auto* g = gradient_of(row, q, envelope);
     const T dy = ay.delta[y];
-    const T *dz = az.delta, *ez = az.value;
-    const Shape<T> shape = a.shape;
-    if (sizes) {
-      for_lanes(n, [&](std::ptrdiff_t k) FN_LAMBDA {
-        const RadialSlope<T> s = radial_slope<D>(q + dz[k] * dz[k], envelope * ez[k], shape);
-        const T t = T(g[k]) * s.q;
-        by_q[k] += t;
-        by_y[k] += dy * t;
-        value[k] += T(g[k]) * s.value;
-        size[k] += T(g[k]) * s.size;
-        omega[k] += T(g[k]) * s.omega;
-      });
-    } else {
-      for_lanes(n, [&](std::ptrdiff_t k) FN_LAMBDA {
-        const RadialSlope<T> s = radial_slope<D>(q + dz[k] * dz[k], envelope * ez[k], shape);
-        const T t = T(g[k]) * s.q;
-        by_q[k] += t;
-        by_y[k] += dy * t;
-      });
-    }
+    for_lanes(n, [&](std::ptrdiff_t k) FN_LAMBDA {
+      const RadialSlope<T> s = radial_slope<D>(q + dz[k] * dz[k], envelope * ez[k], shape);
+      const T t = T(g[k]) * s.q;
+      by_q[k] += t;
+      by_y[k] += dy * t;
+      value[k] += T(g[k]) * s.value;
+      size[k] += T(g[k]) * s.size;
+      omega[k] += T(g[k]) * s.omega;
+    });
   });
-  const T two(Real<T>(2));
-  sums.position[0] += widen(two * a.axis[0].delta[x] * sum_of(by_q, n));
-  sums.position[1] += widen(two * sum_of(by_y, n));
-  sums.position[2] += widen(two * sum_of_products(by_q, az.delta, n));
-  if (!sizes) return;
+  add_position(by_q, by_y);
   sums.weight += widen(sum_of(value, n));
   sums.size += widen(sum_of(size, n));
   sums.omega += widen(sum_of(omega, n));
+}
+
+template <Density D, int kCount, class T, class G>
+FN_BODY void add_gradient(const Placed<T>& a, int x, bool sizes, T* buffer, G gradient_of, Sums<T>& sums) {
+  if constexpr (is_product(D))
+    add_product<D, kCount>(a, x, sizes, buffer, gradient_of, sums);
+  else
+    add_radial<D, kCount>(a, x, sizes, buffer, gradient_of, sums);
 }
 
 template <class T>
@@ -447,8 +492,11 @@ FN_BODY void backward_entry(const Job<Real<T>>& job, const GradientRows<Real<T>>
   const std::int64_t channel_at = (g * m.C + c) * grid.shape[0];
   for (int x = 0; x < own.axis[0].count; ++x) {
     const std::int64_t plane_at = (channel_at + own.axis[0].first + x) * grid.shape[1];
+    const std::int64_t next_plane = x + 1 < own.axis[0].count ? grid.shape[1] * grid.shape[2] : 0;
     const auto row_of = [&](int row) FN_LAMBDA {
-      return grad.row((plane_at + row) * grid.shape[2] + own.axis[2].first, count, scratch.row.data());
+      const std::int64_t at = (plane_at + row) * grid.shape[2] + own.axis[2].first;
+      grad.prefetch(at + next_plane, count);
+      return grad.row(at, count, scratch.row.data());
     };
     const auto plain = [&](int row, T, T) FN_LAMBDA { return row_of(row); };
     const auto hidden = [&](int row, T q, T envelope) FN_LAMBDA -> const T* {
@@ -458,17 +506,13 @@ FN_BODY void backward_entry(const Job<Real<T>>& job, const GradientRows<Real<T>>
                             scratch.hidden.data());
       return scratch.hidden.data();
     };
-    if constexpr (is_product(D)) {
-      if (grid.combine == Combine::sum)
-        add_product<D>(own, x, sizes, scratch.planes.data(), plain, sums);
-      else
-        add_product<D>(own, x, sizes, scratch.planes.data(), hidden, sums);
-    } else {
-      if (grid.combine == Combine::sum)
-        add_radial<D>(own, x, sizes, scratch.planes.data(), plain, sums);
-      else
-        add_radial<D>(own, x, sizes, scratch.planes.data(), hidden, sums);
-    }
+    T* buffer = scratch.planes.data();
+    if (grid.combine == Combine::sum)
+      with_known_count<T>(count, [&](auto known) FN_LAMBDA {
+        add_gradient<D, decltype(known)::value>(own, x, sizes, buffer, plain, sums);
+      });
+    else
+      add_gradient<D, 0>(own, x, sizes, buffer, hidden, sums);
   }
   const Wide<T> weight = widen(own.weight);
   for (Wide<T>& p : sums.position) p *= weight;

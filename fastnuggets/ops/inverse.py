@@ -288,7 +288,7 @@ class _Search:
     def residual(self, groups: Tensor, atoms: _Peaks) -> Tensor:
         """The grids of these groups less their atoms, [n, D, H, W]; sets their energy."""
         own = atoms.where(torch.isin(atoms.group, groups))
-        residual = self.grids[groups]
+        residual = self.grids.index_select(0, groups)
         if len(own.group):
             residual -= voxelize(
                 own.positions,
