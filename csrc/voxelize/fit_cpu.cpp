@@ -114,6 +114,8 @@ class Solver {
   FN_HD void keep() { m_.kept.swap(m_.trial); }
 
  private:
+  typedef T Group __attribute__((vector_size(kLanes * sizeof(T))));
+
   const Problems<T>& p_;
   Memory<T>& m_;
   std::int64_t g_;
@@ -232,7 +234,6 @@ class Solver {
 
   // The 4 x 4 block of the normal matrix that belongs to atoms a and b.
   FN_HD void products(int a, int b) {
-    typedef T Group __attribute__((vector_size(kLanes * sizeof(T))));
     Placed<T>&one = m_.atoms[a], &other = m_.atoms[b];
     Group sums[kUnknowns][kUnknowns] = {};
     const int stride = one.stride(), other_stride = other.stride();
@@ -269,13 +270,20 @@ class Solver {
   // Atom a's part of the gradient: its derivatives times the residual.
   FN_HD void project(int a) {
     Placed<T>& atom = m_.atoms[a];
-    T sums[kUnknowns][kLanes] = {};
+    Group sums[kUnknowns] = {};
+    const int stride = atom.stride();
     for_lines(atom, [&](int d, int h, auto line) FN_LAMBDA {
       const T *u = atom.derivatives(d, h, line.first), *r = residual_line(d, h, line.first);
-      for (int k = 0; k < (line.last - line.first) * kLanes; k += kLanes)
-        for (int i = 0; i < kUnknowns; ++i)
-#pragma omp simd
-          for (int j = 0; j < kLanes; ++j) sums[i][j] += u[i * atom.stride() + k + j] * r[k + j];
+      for (int k = 0; k < (line.last - line.first) * kLanes; k += kLanes) {
+        Group left;
+        std::memcpy(&left, r + k, sizeof(Group));
+#pragma GCC unroll 4
+        for (int i = 0; i < kUnknowns; ++i) {
+          Group of_one;
+          std::memcpy(&of_one, u + i * stride + k, sizeof(Group));
+          sums[i] += of_one * left;
+        }
+      }
     });
     for (int i = 0; i < kUnknowns; ++i) {
       double sum = 0;
