@@ -399,36 +399,15 @@ FN_BODY void add_product(const Placed<T>& a, int x, bool sizes, T* buffer, G gra
                      ax.value[x] * (sum_of_products(sized, az.value, n) + sum_of_products(plain, az.size_slope, n)));
 }
 
-template <Density D, int kCount, class T, class G>
-FN_BODY void add_radial(const Placed<T>& a, int x, bool sizes, T* buffer, G gradient_of, Sums<T>& sums) {
+template <Density D, int kCount, bool sizes, class T, class G>
+FN_BODY void add_radial(const Placed<T>& a, int x, T* buffer, G gradient_of, Sums<T>& sums) {
   const Axis<T>&ay = a.axis[1], &az = a.axis[2];
   const int n = kCount > 0 ? kCount : az.count;
+  RowSums<kCount, sizes ? 5 : 2, T> of_rows(buffer, n);
+  T *by_q = of_rows[0], *by_y = of_rows[1];
+  T *value = sizes ? of_rows[2] : nullptr, *size = sizes ? of_rows[3] : nullptr, *omega = sizes ? of_rows[4] : nullptr;
   const T *dz = az.delta, *ez = az.value;
   const Shape<T> shape = a.shape;
-  const T two(Real<T>(2));
-  const auto add_position = [&](T* by_q, T* by_y) FN_LAMBDA {
-    sums.position[0] += widen(two * a.axis[0].delta[x] * sum_of(by_q, n));
-    sums.position[1] += widen(two * sum_of(by_y, n));
-    sums.position[2] += widen(two * sum_of_products(by_q, az.delta, n));
-  };
-  if (!sizes) {
-    RowSums<kCount, 2, T> of_rows(buffer, n);
-    T *by_q = of_rows[0], *by_y = of_rows[1];
-    for_rows<D>(a, x, [&](int row, T q, T envelope, int y) FN_LAMBDA {
-      const auto* g = gradient_of(row, q, envelope);
-      const T dy = ay.delta[y];
-      for_lanes(n, [&](std::ptrdiff_t k) FN_LAMBDA {
-        const RadialSlope<T> s = radial_slope<D>(q + dz[k] * dz[k], envelope * ez[k], shape);
-        const T t = T(g[k]) * s.q;
-        by_q[k] += t;
-        by_y[k] += dy * t;
-      });
-    });
-    add_position(by_q, by_y);
-    return;
-  }
-  RowSums<kCount, 5, T> of_rows(buffer, n);
-  T *by_q = of_rows[0], *by_y = of_rows[1], *value = of_rows[2], *size = of_rows[3], *omega = of_rows[4];
   for_rows<D>(a, x, [&](int row, T q, T envelope, int y) FN_LAMBDA {
     const auto* g = gradient_of(row, q, envelope);
     const T dy = ay.delta[y];
@@ -437,23 +416,32 @@ FN_BODY void add_radial(const Placed<T>& a, int x, bool sizes, T* buffer, G grad
       const T t = T(g[k]) * s.q;
       by_q[k] += t;
       by_y[k] += dy * t;
-      value[k] += T(g[k]) * s.value;
-      size[k] += T(g[k]) * s.size;
-      omega[k] += T(g[k]) * s.omega;
+      if constexpr (sizes) {
+        value[k] += T(g[k]) * s.value;
+        size[k] += T(g[k]) * s.size;
+        omega[k] += T(g[k]) * s.omega;
+      }
     });
   });
-  add_position(by_q, by_y);
-  sums.weight += widen(sum_of(value, n));
-  sums.size += widen(sum_of(size, n));
-  sums.omega += widen(sum_of(omega, n));
+  const T two(Real<T>(2));
+  sums.position[0] += widen(two * a.axis[0].delta[x] * sum_of(by_q, n));
+  sums.position[1] += widen(two * sum_of(by_y, n));
+  sums.position[2] += widen(two * sum_of_products(by_q, az.delta, n));
+  if constexpr (sizes) {
+    sums.weight += widen(sum_of(value, n));
+    sums.size += widen(sum_of(size, n));
+    sums.omega += widen(sum_of(omega, n));
+  }
 }
 
 template <Density D, int kCount, class T, class G>
 FN_BODY void add_gradient(const Placed<T>& a, int x, bool sizes, T* buffer, G gradient_of, Sums<T>& sums) {
   if constexpr (is_product(D))
     add_product<D, kCount>(a, x, sizes, buffer, gradient_of, sums);
+  else if (sizes)
+    add_radial<D, kCount, true>(a, x, buffer, gradient_of, sums);
   else
-    add_radial<D, kCount>(a, x, sizes, buffer, gradient_of, sums);
+    add_radial<D, kCount, false>(a, x, buffer, gradient_of, sums);
 }
 
 template <class T>
